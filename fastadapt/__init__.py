@@ -1,0 +1,13 @@
+"""Fused kernels for adapter layers in PyTorch."""
+
+import importlib.util
+
+if importlib.util.find_spec("fastadapt._C"):  # a wheel built with FASTADAPT_BUILD=none has no C++ kernels
+    from . import _C  # noqa: F401
+
+from ._leaf import explain  # noqa: E402
+from .ops import *  # noqa: E402, F403
+from .ops import __all__ as _ops  # noqa: E402
+
+__all__ = ["explain", *_ops]
+__version__ = "0.1.0"

@@ -1,0 +1,51 @@
+"""Argument checks: each error names the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def activation_dtype(name: str, value: Tensor) -> None:
+    """``value`` must be a floating tensor of a supported dtype."""
+    tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def parameter(name: str, value: Tensor | None, x: Tensor, shape: tuple, meaning: str) -> None:
+    """``value``, if given, must have ``shape``, the device of ``x`` and the dtype of ``x`` or float32."""
+    if value is None:
+        return
+    tensor(name, value)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
+    if value.dtype != x.dtype and not (value.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
+        float32 = " or torch.float32" if x.dtype in (torch.float16, torch.bfloat16) else ""
+        raise TypeError(f"{name} must be {x.dtype} like x{float32}, got {value.dtype}")
+    same_device(name, value, x)
+
+
+def same_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+
+
+def adapter_ids(ids: Tensor, x: Tensor, g: int) -> None:
+    """One id a sequence or one a token, each an adapter of the bank or -1; values are read on the CPU only."""
+    tensor("adapter_ids", ids)
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"adapter_ids must be an integer tensor, got {ids.dtype}")
+    if tuple(ids.shape) not in (tuple(x.shape[:1]) if x.dim() > 1 else (), tuple(x.shape[:-1])):
+        per_sequence, per_token = tuple(x.shape[:1]), tuple(x.shape[:-1])
+        raise ValueError(f"adapter_ids must be {per_sequence} (one a sequence) or {per_token} (one a token) to match x, got {tuple(ids.shape)}")
+    same_device("adapter_ids", ids, x)
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < -1 or high >= g:
+            raise ValueError(f"adapter_ids must lie in [-1, {g - 1}] for a bank of {g}, got {low if low < -1 else high}")

@@ -1,0 +1,93 @@
+"""Leaf ops: one direction of one op, as the dispatcher sees it, and the choice among its implementations."""
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+# The first implementation that exists and supports the call wins; the reference runs where none does.
+ORDER = {"cuda": ("triton", "native"), "cpu": ("native",)}
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Leaf:
+    """A schema and a fake kernel that every implementation of one leaf op shares.
+
+    ``fastadapt::<name>`` is implemented in csrc/ (keys CPU and CUDA) and ``fastadapt::<name>_triton`` in kernels/.
+    ``unsupported(backend, *args)`` is None, or the reason why a backend can't run these arguments of the leaf.
+    """
+
+    def __init__(self, name: str, schema: str, fake: Callable, unsupported: Callable = lambda backend, *args: None):
+        for op in (name, f"{name}_triton"):
+            torch.library.define(f"fastadapt::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"fastadapt::{op}")(fake)
+        self.name = name
+        self.unsupported = unsupported
+        # Plain Python data: Dynamo can't trace a query of the dispatcher.
+        self.available = {
+            ("native", key.lower())
+            for key in ("CPU", "CUDA")
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastadapt::{name}", key)
+        }
+        self.native = getattr(torch.ops.fastadapt, name).default
+        self.triton = getattr(torch.ops.fastadapt, f"{name}_triton").default
+
+    def launch(self, launcher: Callable) -> None:
+        """Register the Triton launcher; under Triton's interpreter it also runs on CPU tensors."""
+        if importlib.util.find_spec("triton") is None:
+            return
+        for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+            torch.library.impl(f"fastadapt::{self.name}_triton", key, launcher)
+            self.available.add(("triton", key.lower()))
+
+    def refusal(self, backend: str, device_type: str, args: tuple) -> str | None:
+        """Why ``backend`` can't run this call, or None if it can."""
+        if backend == "reference":
+            return None
+        if (backend, device_type) not in self.available:
+            return f"{self.name} has no {backend!r} implementation for {device_type}"
+        reason = self.unsupported(backend, *args)
+        return reason and f"{self.name}: backend {backend!r} {reason}"
+
+    def choose(self, backend: str | None, device_type: str, args: tuple) -> str:
+        """Name the implementation that a call uses: the one asked for, or the first of the device's order that can."""
+        if backend is None:
+            for name in ORDER.get(device_type, ()):
+                if (name, device_type) in self.available and self.unsupported(name, *args) is None:
+                    return name
+            return "reference"
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+        if reason := self.refusal(backend, device_type, args):
+            raise RuntimeError(reason)
+        return backend
+
+    def explain(self, backend: str | None, device_type: str, args: tuple) -> str:
+        """One line for the chosen implementation and one for each that was passed over."""
+        chosen = self.choose(backend, device_type, args)
+        order = (*ORDER.get(device_type, ()), "reference") if backend is None else (backend,)
+        lines = [f"{self.name} on {device_type}: {chosen} ({'asked for' if backend else 'first of ' + ' > '.join(order)})"]
+        lines += [f"  not {name}: {self.refusal(name, device_type, args)}" for name in order[: order.index(chosen)]]
+        return "\n".join(lines)
+
+
+def explain(op: Callable, *args, **kwargs) -> str:
+    """Say which implementation a call would run and why, without running it.
+
+    Args:
+        op: a public function of this package, for example ``fastadapt.bottleneck``.
+        args, kwargs: the arguments of the call.
+
+    Returns:
+        Text: the chosen backend on the first line, then the ones passed over, each with its reason.
+    """
+    if not hasattr(op, "leaf"):
+        raise TypeError(f"op must be a public function of fastadapt, got {op!r}")
+    bound = inspect.signature(op).bind(*args, **kwargs)
+    bound.apply_defaults()
+    backend = bound.arguments.pop("backend")
+    leaf_args = op.arguments(**bound.arguments)
+    return op.leaf.explain(backend, leaf_args[0].device.type, leaf_args)

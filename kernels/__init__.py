@@ -1,0 +1,1 @@
+"""Triton kernels; the launchers are registered by fastadapt.ops."""

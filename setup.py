@@ -1,0 +1,30 @@
+import os
+from pathlib import Path
+
+import torch
+from setuptools import find_packages, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+# FASTADAPT_BUILD = cpu | cuda | none.  The default follows the torch that is installed.
+build = os.environ.get("FASTADAPT_BUILD", "cuda" if torch.version.cuda and CUDA_HOME else "cpu")
+if build not in ("cpu", "cuda", "none"):
+    raise SystemExit(f"FASTADAPT_BUILD must be cpu, cuda or none, got {build!r}")
+stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # one binary for torch 2.10 and newer
+
+sources = sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+args = {"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", *stable]}
+extension = CppExtension
+if build == "cuda":
+    sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+    args["nvcc"] = ["-O3", "-std=c++17", "-DUSE_CUDA", *stable]
+    extension = CUDAExtension
+
+setup(
+    packages=find_packages(include=["fastadapt*"]) + ["fastadapt.kernels"],
+    package_dir={"fastadapt.kernels": "kernels"},
+    ext_modules=[] if build == "none" else [
+        extension("fastadapt._C", sources, extra_compile_args=args, py_limited_api=True)
+    ],
+    cmdclass={"build_ext": BuildExtension},
+    options={} if build == "none" else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)
