@@ -41,9 +41,11 @@ def adapter_ids(ids: Tensor, x: Tensor, g: int) -> None:
     tensor("adapter_ids", ids)
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"adapter_ids must be an integer tensor, got {ids.dtype}")
-    if tuple(ids.shape) not in (tuple(x.shape[:1]) if x.dim() > 1 else (), tuple(x.shape[:-1])):
-        per_sequence, per_token = tuple(x.shape[:1]), tuple(x.shape[:-1])
-        raise ValueError(f"adapter_ids must be {per_sequence} (one a sequence) or {per_token} (one a token) to match x, got {tuple(ids.shape)}")
+    sequences, tokens = tuple(x.shape[:-1][:1]), tuple(x.shape[:-1])
+    if tuple(ids.shape) not in (sequences, tokens):
+        raise ValueError(
+            f"adapter_ids must be {sequences} (one a sequence) or {tokens} (one a token) to match x, got {tuple(ids.shape)}"
+        )
     same_device("adapter_ids", ids, x)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = int(ids.min()), int(ids.max())

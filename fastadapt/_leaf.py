@@ -1,5 +1,6 @@
 """Leaf ops: one direction of one op, as the dispatcher sees it, and the choice among its implementations."""
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -72,6 +73,28 @@ class Leaf:
         lines = [f"{self.name} on {device_type}: {chosen} ({'asked for' if backend else 'first of ' + ' > '.join(order)})"]
         lines += [f"  not {name}: {self.refusal(name, device_type, args)}" for name in order[: order.index(chosen)]]
         return "\n".join(lines)
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """Let a second differentiation of an autograd.Function raise.
+
+    Unlike torch's once_differentiable also where grad_y needs no gradient itself, as in a gradient penalty: its term would
+    be dropped without a word.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads):
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return outputs
+        present = [t.detach().requires_grad_() for t in outputs if t is not None]
+        message = b"fastadapt: the backward pass can't be differentiated (create_graph=True); use backend='reference'"
+        guarded = torch._C._functions.DelayedError(message, len(present))(*present)
+        guarded = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+        return tuple(None if t is None else next(guarded) for t in outputs)
+
+    return wrapper
 
 
 def explain(op: Callable, *args, **kwargs) -> str:

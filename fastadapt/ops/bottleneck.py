@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check as check
-from .._leaf import Leaf
+from .._leaf import Leaf, differentiable_once
 
 # The position is the code that the kernels receive.
 ACTIVATIONS = {
@@ -60,6 +60,9 @@ _ARGUMENTS = (
 
 
 def _fwd_fake(x, *args):
+    for t in args:
+        if isinstance(t, Tensor) and t.device != x.device:  # one meta tensor among real ones would otherwise end up here
+            raise ValueError(f"all tensors must be on {x.device} like x, got one on {t.device}")
     return x.new_empty(x.shape)
 
 
@@ -123,7 +126,7 @@ class Bottleneck(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y):
         (
             x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight,
@@ -208,7 +211,7 @@ def bottleneck(
     skip_weight: Tensor | None = None, hidden_skip_weight: Tensor | None = None, adapter_ids: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Run a bottleneck adapter: ``y = residual + scale * (act(norm(x) @ down_weight.T + down_bias) @ up_weight.T + up_bias)``.
+    """Adapter: ``y = residual + scale * (act(norm(x) @ down_weight.T + down_bias) @ up_weight.T + up_bias)``.
 
     The hidden activations never reach memory; the backward pass recomputes them. Frozen arguments cost no gradient.
     Under autocast the op keeps the dtype of ``x``, as a residual stream needs. Source: Houlsby et al. 2019.
@@ -238,11 +241,15 @@ def bottleneck(
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.
     """
     check.tensor("x", x)
+    if torch.compiler.is_compiling() and isinstance(scale, (int, float)):
+        # A tensor, since a number would be compiled in: one graph a value.
+        scale = scale * torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     args = _arguments(
         x, down_weight, up_weight, down_bias, up_bias, residual, scale, activation, norm_weight, norm_bias, norm_eps,
         skip_weight, hidden_skip_weight, adapter_ids,
     )  # fmt: skip
-    if torch._C._are_functorch_transforms_active():  # kernels see no batched or dual tensors
+    # Kernels see no batched or dual tensors.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         if backend not in (None, "reference"):
             raise RuntimeError(f"bottleneck: backend {backend!r} does not support torch.func transforms, use 'reference'")
         backend = "reference"

@@ -1,0 +1,46 @@
+"""What the battery and the benchmarks need to know of an op."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: ``make(dtype, device)`` returns its arguments by name; every floating tensor among them is differentiable."""
+
+    name: str
+    make: Callable[[torch.dtype, str], dict]
+    flops: int = 0  # of the forward pass
+    bytes: Callable[[int], int] | None = None  # compulsory traffic of the forward pass for an item size
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must raise: ``change`` edits the arguments of a good call."""
+
+    name: str
+    change: Callable[[dict], dict]
+    error: type[Exception]
+    message: str  # regular expression; names the argument, the expectation and the value
+    cpu_only: bool = False  # the fault is in values that stay on the device
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    op: Callable
+    reference: Callable
+    fwd: object  # the leaves
+    bwd: object
+    leaf_args: Callable[[dict], tuple]  # arguments of a case -> arguments of the forward leaf
+    bwd_leaf_args: Callable[[torch.Tensor, tuple, list], tuple]  # grad_y, forward leaf arguments, output mask
+    bwd_outputs: tuple  # names of the arguments whose gradients the backward leaf returns
+    activations: tuple  # arguments as large as the input: they come in any strides
+    cases: tuple
+    bench: tuple
+    bad: tuple
+    dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)
+
+    def case(self, name: str) -> Case:
+        return next(c for c in self.cases if c.name == name)

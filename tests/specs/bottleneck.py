@@ -1,0 +1,180 @@
+import itertools
+from functools import partial
+
+import torch
+
+from fastadapt.ops import bottleneck, bottleneck_reference
+from fastadapt.ops.bottleneck import ACTIVATIONS, _bwd, _fwd
+
+from ..spec import Bad, Case, OpSpec
+
+
+def make(
+    dtype, device, *, shape, r, g=None, ids=None, residual="x", scale=0.5, activation="relu", bias=True, norm=None,
+    skip=False, hidden_skip=False, parameters=None, mean=0.0,
+):  # fmt: skip
+    """Arguments of a call. ``ids`` is a tensor, ``norm`` is None, "weight" or "bias", ``parameters`` a dtype of their own."""
+    d, bank = shape[-1], () if g is None else (g,)
+    parameters = dtype if parameters is None or dtype == torch.float64 else parameters
+    randn = lambda *s: torch.randn(s, dtype=torch.float32, device=device)  # noqa: E731
+    weight = lambda *s, gain=1.0: (gain * randn(*s)).to(parameters)  # noqa: E731
+    x = (randn(*shape) + mean).to(dtype)
+    arguments = {
+        "x": x,
+        "down_weight": weight(*bank, r, d, gain=d**-0.5),
+        "up_weight": weight(*bank, d, r, gain=r**-0.5),
+        "activation": activation,
+        "residual": {"x": x, "other": randn(*shape).to(dtype), "none": None}[residual],
+        "scale": {"0-d": weight(), "channel": weight(d)}.get(scale, scale),
+    }
+    if bias:
+        arguments |= {"down_bias": weight(*bank, r), "up_bias": weight(*bank, d)}
+    if norm:
+        arguments["norm_weight"] = 1 + weight(d, gain=0.2)
+        if norm == "bias":
+            arguments["norm_bias"] = weight(d)
+    if skip:
+        arguments["skip_weight"] = weight(d)
+    if hidden_skip:
+        arguments["hidden_skip_weight"] = weight(r)
+    if ids is not None:
+        arguments["adapter_ids"] = torch.tensor(ids, device=device)
+    return arguments
+
+
+def case(name, **options):
+    return Case(name, partial(make, **options))
+
+
+def bench(m, d, r):
+    return Case(
+        f"m{m}-d{d}-r{r}", partial(make, shape=(m, d), r=r), flops=4 * m * d * r, bytes=lambda item: 2 * m * d * item
+    )
+
+
+EVERYTHING = {
+    "residual": "other", "scale": "channel", "activation": "gelu", "norm": "bias", "skip": True, "hidden_skip": True,
+}  # fmt: skip
+TOKENS = [2, -1, 0, 2, 2, 0, -1, 2, 0, 2, 2, 2]
+CASES = (
+    case("small", shape=(5, 33), r=7),
+    case("one", shape=(1, 1), r=1),
+    case("empty", shape=(0, 8), r=4),
+    case("vector", shape=(40,), r=4),
+    *(case(f"m{m}-d{d}-r{r}", shape=(m, d), r=r) for m, d, r in ((31, 63, 15), (32, 64, 16), (33, 65, 17), (65, 129, 48))),
+    case("wide", shape=(18, 200), r=130),
+    case("many-rows", shape=(150, 24), r=8),
+    case("4-d", shape=(2, 3, 2, 24), r=8, residual="other"),
+    *(case(name, shape=(19, 40), r=24, activation=name) for name in ACTIVATIONS if name != "relu"),
+    case("bare", shape=(19, 40), r=8, residual="none", bias=False, scale=1.0),
+    case("residual", shape=(19, 40), r=8, residual="other"),
+    case("learned-scale", shape=(19, 40), r=8, scale="0-d"),
+    case("channel-scale", shape=(19, 40), r=8, scale="channel", residual="none"),
+    case("norm", shape=(19, 40), r=8, norm="bias"),
+    case("norm-no-bias", shape=(19, 40), r=8, norm="weight", residual="other", bias=False),
+    case("norm-of-large-mean", shape=(19, 40), r=8, norm="bias", mean=30.0, residual="none"),
+    case("skip", shape=(19, 40), r=8, skip=True),
+    case("hidden-skip", shape=(19, 40), r=8, hidden_skip=True, activation="silu"),
+    case("everything", shape=(3, 7, 70), r=20, **EVERYTHING),
+    case("float32-parameters", shape=(19, 40), r=8, parameters=torch.float32, scale="channel", norm="bias"),
+    case("bank-of-sequences", shape=(4, 6, 40), r=8, g=3, ids=[2, 0, -1, 2]),
+    case("bank-of-tokens", shape=(2, 6, 40), r=8, g=4, ids=[TOKENS[:6], TOKENS[6:]], residual="none", scale="channel"),
+    case("bank-with-everything", shape=(12, 70), r=20, g=3, ids=TOKENS, **EVERYTHING),
+    case("bank-unused", shape=(5, 24), r=4, g=2, ids=[-1] * 5, residual="other"),
+)
+
+
+def zeros(n, dtype=torch.int64):
+    return lambda a: torch.zeros(n, dtype=dtype, device=a["x"].device)
+
+
+def ids(*values):
+    return lambda a: torch.tensor(values, device=a["x"].device)
+
+
+def change(**edits):
+    """Replace arguments; an edit that is a function gets all arguments of the good call."""
+    return lambda a: {**a, **{name: edit(a) if callable(edit) else edit for name, edit in edits.items()}}
+
+
+def bank(adapter_ids):
+    return change(
+        down_weight=lambda a: a["down_weight"].expand(3, -1, -1), up_weight=lambda a: a["up_weight"].expand(3, -1, -1),
+        down_bias=None, up_bias=None, adapter_ids=adapter_ids,
+    )  # fmt: skip
+
+
+def cut(name):
+    return lambda a: a[name][1:]
+
+
+# Edits of the case "small": x (5, 33), r = 7.
+BAD = (
+    Bad("x-integer", change(x=zeros((5, 33)), residual=None), TypeError, "x must be .*float32.*, got torch.int64"),
+    Bad("x-not-a-tensor", change(x=[1.0]), TypeError, "x must be a tensor, got list"),
+    Bad("down-shape", change(down_weight=lambda a: a["down_weight"][:, :32]), ValueError,
+        r"down_weight must be \(r, d\) = \(7, 33\), got \(7, 32\)"),
+    Bad("down-rank", change(down_weight=lambda a: a["down_weight"][0]), ValueError,
+        r"down_weight must be \(r, d\).*got \(33,\)"),
+    Bad("up-shape", change(up_weight=lambda a: a["up_weight"].T), ValueError,
+        r"up_weight must be \(d, r\) = \(33, 7\), got \(7, 33\)"),
+    Bad("down-none", change(down_weight=None), TypeError, "down_weight must be a tensor, got NoneType"),
+    Bad("down-bias", change(down_bias=cut("down_bias")), ValueError, r"down_bias must be \(r\) = \(7,\), got \(6,\)"),
+    Bad("up-bias", change(up_bias=cut("up_bias")), ValueError, r"up_bias must be \(d\) = \(33,\), got \(32,\)"),
+    Bad("weight-dtype", change(up_weight=lambda a: a["up_weight"].double()), TypeError,
+        "up_weight must be torch.* like .*, got torch.float64"),
+    Bad("weights-differ",
+        lambda a: {k: v.half() if k in ("x", "residual", "down_weight") else v for k, v in a.items()}, TypeError,
+        "up_weight must be torch.float16 like down_weight, got torch.float32"),
+    Bad("weight-device", change(down_weight=lambda a: a["down_weight"].to("meta")), ValueError,
+        "down_weight must be on .* like x, got meta"),
+    Bad("residual-shape", change(residual=lambda a: a["x"][:4]), ValueError,
+        r"residual must be \(5, 33\) .* like x, got \(4, 33\)"),
+    Bad("residual-dtype", change(residual=lambda a: a["x"].double()), ValueError,
+        "residual must be .* like x, got .*torch.float64"),
+    Bad("scale-shape", change(scale=cut("up_bias")), ValueError, r"scale must be 0-d or \(d,\) = \(33,\), got \(32,\)"),
+    Bad("scale-type", change(scale="big"), TypeError, "scale must be a number or a tensor, got str"),
+    Bad("activation", change(activation="swish"), ValueError, "activation must be one of .*'silu'.*, got 'swish'"),
+    Bad("norm-bias-alone", change(norm_bias=lambda a: a["up_bias"]), ValueError,
+        "norm_weight must be given with norm_bias, got None"),
+    Bad("norm-shape", change(norm_weight=cut("up_bias")), ValueError,
+        r"norm_weight must be \(d,\) = \(33,\), got \(32,\)"),
+    Bad("skip-shape", change(skip_weight=lambda a: a["down_bias"]), ValueError,
+        r"skip_weight must be \(d,\) = \(33,\), got \(7,\)"),
+    Bad("hidden-skip-shape", change(hidden_skip_weight=lambda a: a["up_bias"]), ValueError,
+        r"hidden_skip_weight must be \(r,\) = \(7,\), got \(33,\)"),
+    Bad("bank-without-ids", bank(None), ValueError, "adapter_ids is needed when down_weight is a bank"),
+    Bad("ids-without-bank", change(adapter_ids=zeros(5)), ValueError,
+        r"down_weight must be a bank \(g, r, d\) when adapter_ids is given, got \(7, 33\)"),
+    Bad("ids-dtype", bank(zeros(5, torch.float32)), TypeError, "adapter_ids must be an integer tensor, got torch.float32"),
+    Bad("ids-length", bank(zeros(4)), ValueError, r"adapter_ids must be \(5,\).*got \(4,\)"),
+    Bad("ids-too-large", bank(ids(0, 1, 3, 0, 0)), ValueError,
+        r"adapter_ids must lie in \[-1, 2\] for a bank of 3, got 3", cpu_only=True),
+    Bad("ids-too-small", bank(ids(0, 1, -2, 0, 0)), ValueError,
+        r"adapter_ids must lie in \[-1, 2\] for a bank of 3, got -2", cpu_only=True),
+    Bad("backend", change(backend="cuda"), ValueError, "backend must be None or one of .*'native'.*, got 'cuda'"),
+)  # fmt: skip
+
+
+def leaf_args(arguments):
+    names = bottleneck.arguments.__code__.co_varnames[: bottleneck.arguments.__code__.co_argcount]
+    defaults = {"scale": 1.0, "activation": "relu", "norm_eps": 1e-5}
+    return bottleneck.arguments(*(arguments.get(name, defaults.get(name)) for name in names))
+
+
+SPEC = OpSpec(
+    op=bottleneck,
+    reference=bottleneck_reference,
+    fwd=_fwd,
+    bwd=_bwd,
+    leaf_args=leaf_args,
+    bwd_leaf_args=lambda grad_y, args, mask: (grad_y, *args[:5], *args[6:], mask),
+    bwd_outputs=(
+        "x", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
+        "hidden_skip_weight",
+    ),  # fmt: skip
+    activations=("x", "residual"),
+    cases=CASES,
+    bench=tuple(bench(m, d, r) for d, r, m in itertools.product((384, 768, 1024, 4096), (8, 16, 48, 64), (32, 128, 512, 2048))),
+    bad=BAD,
+)

@@ -1,0 +1,342 @@
+"""The battery that every op passes; an op joins it with a file in specs/."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from fastadapt._leaf import INTERPRET
+
+from . import specs
+
+SPECS = {m.name: importlib.import_module(f"{specs.__name__}.{m.name}").SPEC for m in pkgutil.iter_modules(specs.__path__)}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("triton",) if INTERPRET else ("native", "triton")
+
+
+def over(*case_names, dtypes=None):
+    """Parametrize a test over ops, backends that exist here, cases (all if none is named) and dtypes."""
+    return pytest.mark.parametrize(
+        "spec, backend, case, dtype",
+        [
+            pytest.param(spec, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}")
+            for name, spec in SPECS.items()
+            for backend in BACKENDS
+            if (backend, DEVICE) in spec.fwd.available
+            for case in spec.cases
+            if not case_names or case.name in case_names
+            for dtype in dtypes or spec.dtypes
+        ],
+    )
+
+
+TELLING = ("m33-d65-r17", "everything", "bank-with-everything")  # one case without extras, one with all, one bank
+
+
+def floats(arguments):
+    """The differentiable arguments: one entry a tensor, under its first name."""
+    seen = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            seen.setdefault(id(value), (name, value))
+    return dict(seen.values())
+
+
+def substitute(arguments, tensors):
+    """``arguments`` with the tensors of ``floats`` replaced; what was one tensor stays one tensor."""
+    swap = {id(value): tensors[name] for name, value in floats(arguments).items()}
+    return {name: swap.get(id(value), value) for name, value in arguments.items()}
+
+
+def run(fn, arguments, grad_y=None, wanted=None, layout=lambda name, t: t, **options):
+    """Output and gradients of ``fn`` by name. ``layout`` makes a differentiable view of an argument or of ``grad_y``."""
+    leaves = {n: t.detach().clone().requires_grad_(wanted is None or n in wanted) for n, t in floats(arguments).items()}
+    y = fn(**substitute(arguments, {n: layout(n, t) for n, t in leaves.items()}), **options)
+    wanted = {n: t for n, t in leaves.items() if t.requires_grad}
+    grad_y = layout("grad_y", torch.ones_like(y) if grad_y is None else grad_y.to(y.dtype))
+    grads = torch.autograd.grad(y, list(wanted.values()), grad_y, allow_unused=True)
+    zeros = (torch.zeros_like(t) if g is None else g for t, g in zip(wanted.values(), grads))
+    return {"y": y.detach(), **dict(zip(wanted, zeros))}
+
+
+def assert_within_reference_error(actual, reference, oracle, what):
+    """A kernel may err at most twice as much as plain PyTorch in the same dtype, both measured against float64."""
+    assert actual.shape == reference.shape and actual.dtype == reference.dtype, what
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    if actual.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    # l2 sees a systematic error, max sees a wrong element; the slack only covers a reference that happens to be exact.
+    for name, norm, slack in (("l2", lambda t: t.norm(), eps / 16), ("max", lambda t: t.abs().max(), eps)):
+        err, ref, scale = norm(actual.double() - oracle).item(), norm(reference.double() - oracle).item(), norm(oracle).item()
+        assert err <= 2 * ref + slack * scale, f"{what}: {name} error {err:.3e}, plain PyTorch {ref:.3e}"
+
+
+def check(spec, backend, arguments, wanted=None, layout=lambda name, t: t):
+    shape = arguments[spec.activations[0]].shape
+    grad_y = torch.randn(shape, device=DEVICE).to(arguments[spec.activations[0]].dtype)
+    doubles = substitute(arguments, {n: t.double() for n, t in floats(arguments).items()})
+    oracle = run(spec.reference, doubles, grad_y, wanted, layout)
+    reference = run(spec.reference, arguments, grad_y, wanted, layout)
+    actual = run(spec.op, arguments, grad_y, wanted, layout, backend=backend)
+    for name in actual:
+        what = "output" if name == "y" else f"grad of {name}"
+        assert_within_reference_error(actual[name], reference[name], oracle[name], what)
+
+
+@over()
+def test_matches_reference(spec, backend, case, dtype):
+    check(spec, backend, case.make(dtype, DEVICE))
+
+
+def sliced(t):  # rows and columns cut out of something larger
+    if t.dim() < 2:
+        return torch.nn.functional.pad(t, (1, 3))[1 : t.shape[-1] + 1]
+    return torch.nn.functional.pad(t, (1, 3, 2, 1))[..., 2 : t.shape[-2] + 2, 1 : t.shape[-1] + 1]
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "leading-transposed": lambda t: t.transpose(0, -2).contiguous().transpose(0, -2) if t.dim() > 2 else t,
+    "sliced": sliced,
+    "every-second": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
+    "expanded": lambda t: t[:1].expand(t.shape) if t.dim() > 1 else t,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@over("everything", "bank-of-sequences", "m33-d65-r17", dtypes=(torch.float32,))
+def test_any_strides(spec, backend, case, dtype, layout):
+    names = (*spec.activations, "grad_y")
+    check(spec, backend, case.make(dtype, DEVICE), layout=lambda n, t: LAYOUTS[layout](t) if n in names else t)
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_strided_parameters(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    check(spec, backend, arguments, layout=lambda n, t: t if n in (*spec.activations, "grad_y") or t.dim() == 0 else sliced(t))
+
+
+@over("everything", "bank-with-everything", dtypes=(torch.float32,))
+def test_frozen_arguments(spec, backend, case, dtype):
+    """Each gradient alone equals its reference, and the leaf returns nothing that wasn't asked for."""
+    arguments = case.make(dtype, DEVICE)
+    for name in floats(arguments):
+        check(spec, backend, arguments, wanted=(name,))
+    args = spec.leaf_args(arguments)
+    grad_y = torch.randn_like(arguments[spec.activations[0]])
+    for i, name in enumerate(spec.bwd_outputs):
+        mask = [name == other for other in spec.bwd_outputs]
+        outputs = getattr(spec.bwd, backend)(*spec.bwd_leaf_args(grad_y, args, mask))
+        assert [o.shape for o in outputs] == [arguments[name].shape if i == j else (0,) for j in range(len(outputs))]
+
+
+@over(dtypes=(torch.float32, torch.bfloat16))
+def test_deterministic(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    first, second = (run(spec.op, arguments, backend=backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@over(*TELLING, "bank-unused", "empty")
+def test_registration(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    args = spec.leaf_args(arguments)
+    wanted = [arguments.get(name) is not None and isinstance(arguments[name], torch.Tensor) for name in spec.bwd_outputs]
+    torch.library.opcheck(getattr(spec.fwd, backend), args)
+    grad_y = torch.randn_like(arguments[spec.activations[0]])
+    for mask in (wanted, [w and i % 2 == 0 for i, w in enumerate(wanted)]):
+        torch.library.opcheck(getattr(spec.bwd, backend), spec.bwd_leaf_args(grad_y, args, mask))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@over(*TELLING, dtypes=(torch.float32,))
+def test_compiles_without_graph_break(spec, backend, case, dtype, dynamic):
+    arguments = case.make(dtype, DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(spec.op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    eager, traced = (run(fn, arguments, backend=backend) for fn in (spec.op, compiled))
+    for name in eager:
+        torch.testing.assert_close(traced[name], eager[name], rtol=0, atol=0)
+
+
+@over("m33-d65-r17", dtypes=(torch.float32,))
+def test_scale_value_costs_no_recompilation(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(spec.op, fullgraph=True, backend=counter)
+    for scale in (0.5, 0.25, 2.0, 3.0):
+        arguments["scale"] = scale
+        assert torch.equal(compiled(**arguments, backend=backend), spec.op(**arguments, backend=backend))
+    assert counter.frame_count <= 2  # once for the first value, once with the value as an input
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_exports(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    module = torch.nn.Module()
+    module.forward = lambda x: spec.op(**{**arguments, "x": x}, backend=backend)
+    program = torch.export.export(module, (arguments["x"],))
+    assert torch.equal(program.module()(arguments["x"]), spec.op(**arguments, backend=backend))
+
+
+@over("everything", "bank-with-everything", "norm", dtypes=(torch.float64,))
+def test_gradcheck(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    if spec.fwd.refusal(backend, DEVICE, spec.leaf_args(arguments)):
+        with pytest.raises(RuntimeError, match="does not support float64"):
+            spec.op(**arguments, backend=backend)
+        return
+    tensors = {n: t.clone().requires_grad_() for n, t in floats(arguments).items()}
+    call = lambda *values: spec.op(**substitute(arguments, dict(zip(tensors, values))), backend=backend)  # noqa: E731
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
+
+
+@over(dtypes=(torch.float64,))
+def test_float64_equals_the_reference(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    if spec.fwd.refusal(backend, DEVICE, spec.leaf_args(arguments)):
+        with pytest.raises(RuntimeError, match="does not support float64"):
+            spec.op(**arguments, backend=backend)
+        return
+    reference, actual = run(spec.reference, arguments), run(spec.op, arguments, backend=backend)
+    for name in reference:
+        torch.testing.assert_close(actual[name], reference[name])
+
+
+@over("m33-d65-r17", "bank-of-tokens")
+def test_small_integers_are_exact(spec, backend, case, dtype):
+    """Integers of this size are exact in every dtype and order of summation, so any difference is an error."""
+    arguments = case.make(dtype, DEVICE)
+    integers = {n: torch.randint(-1, 2, t.shape, device=DEVICE).to(t.dtype) for n, t in floats(arguments).items()}
+    arguments = {**substitute(arguments, integers), "activation": "relu"}
+    if not isinstance(arguments["scale"], torch.Tensor):
+        arguments["scale"] = 2.0
+    for name in spec.activations:  # few non-zeros a row keep every sum below 2**8
+        if arguments[name] is not None:
+            arguments[name][..., 8:] = 0
+    doubles = substitute(arguments, {n: t.double() for n, t in floats(arguments).items()})
+    grad_y = torch.nn.functional.one_hot(torch.arange(len(arguments["x"].flatten(0, -2))) % 8, arguments["x"].shape[-1])
+    grad_y = grad_y.view(arguments["x"].shape).to(DEVICE)
+    exact, actual = run(spec.reference, doubles, grad_y), run(spec.op, arguments, grad_y, backend=backend)
+    for name in exact:
+        assert torch.equal(actual[name].double(), exact[name].to(actual[name].dtype).double()), name
+
+
+@over(*TELLING)
+def test_nan_and_inf_go_through(spec, backend, case, dtype):
+    for bad in (float("nan"), float("inf")):
+        arguments = case.make(dtype, DEVICE)
+        arguments["x"].view(-1, arguments["x"].shape[-1])[2, 3] = bad
+        expected, actual = spec.reference(**arguments), spec.op(**arguments, backend=backend)
+        assert torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.isfinite(), expected.isfinite())
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_without_recording(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    recorded = substitute(arguments, {n: t.clone().requires_grad_() for n, t in floats(arguments).items()})
+    versions = {n: t._version for n, t in floats(arguments).items()}
+    copies = {n: t.clone() for n, t in floats(arguments).items()}
+    expected = spec.op(**recorded, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(spec.op(**recorded, backend=backend), expected)
+    with torch.inference_mode():
+        assert torch.equal(spec.op(**arguments, backend=backend), expected)
+    assert versions == {n: t._version for n, t in floats(arguments).items()}
+    assert all(torch.equal(t, copies[n]) for n, t in floats(arguments).items())
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_double_backward_is_refused(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    arguments["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(spec.op(**arguments, backend=backend).sum(), arguments["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="can't be differentiated"):
+        grad.sum().backward()
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_function_transforms(spec, backend, case, dtype):
+    """Transforms take the reference when no backend is asked for; a kernel that is asked for refuses by name."""
+    arguments = case.make(dtype, DEVICE)
+    call = lambda x, **options: spec.op(**{**arguments, "x": x, "residual": x}, **options)  # noqa: E731
+    xs = torch.stack([arguments["x"], 2 * arguments["x"]])
+    expected = torch.stack([call(x, backend="reference") for x in xs])
+    torch.testing.assert_close(torch.func.vmap(call)(xs), expected)
+    grads = torch.func.grad(lambda x: call(x).sum())(arguments["x"])
+    torch.testing.assert_close(grads, run(spec.op, {**arguments, "residual": arguments["x"]}, backend="reference")["x"])
+    with pytest.raises(RuntimeError, match=f"{backend}.*torch.func"):
+        torch.func.vmap(lambda x: call(x, backend=backend))(xs)
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_activation_checkpointing(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+
+    def checkpointed(**inputs):
+        positional = floats(inputs)
+        call = lambda *values: spec.op(**substitute(inputs, dict(zip(positional, values))))  # noqa: E731
+        return torch.utils.checkpoint.checkpoint(call, *positional.values(), use_reentrant=False)
+
+    plain, replayed = run(spec.op, {**arguments, "backend": backend}), run(checkpointed, {**arguments, "backend": backend})
+    assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+@over("float32-parameters", dtypes=(torch.float32, torch.bfloat16))
+def test_autocast_keeps_the_dtype_of_x(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    plain = run(spec.op, arguments, backend=backend)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cast = run(spec.op, arguments, backend=backend)
+    assert cast["y"].dtype == dtype and all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
+def bad_calls():
+    for name, spec in SPECS.items():
+        for backend in (None, "reference", *BACKENDS):
+            if backend in (None, "reference") or (backend, DEVICE) in spec.fwd.available:
+                for bad in spec.bad:
+                    if DEVICE == "cpu" or not bad.cpu_only:
+                        yield pytest.param(spec, backend, bad, id=f"{name}-{backend}-{bad.name}")
+
+
+@pytest.mark.parametrize("spec, backend, bad", bad_calls())
+def test_bad_arguments(spec, backend, bad):
+    arguments = bad.change({"backend": backend, **spec.cases[0].make(torch.float32, DEVICE)})
+    with pytest.raises(bad.error, match=bad.message):
+        spec.op(**arguments)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_missing_backend_is_refused(spec):
+    x = spec.cases[0].make(torch.float32, "meta")
+    for backend in ("native", "triton"):
+        with pytest.raises(RuntimeError, match=f"{spec.fwd.name} has no '{backend}' implementation for meta"):
+            spec.op(**x, backend=backend)
+
+
+@over("small", dtypes=(torch.float32,))
+def test_explain_names_what_runs(spec, backend, case, dtype):
+    import fastadapt
+
+    arguments = case.make(dtype, DEVICE)
+    assert f"{backend} (asked for)" in fastadapt.explain(spec.op, **arguments, backend=backend)
+    assert "native > reference" in fastadapt.explain(spec.op, **arguments)
+
+
+@over("m33-d65-r17", "everything", dtypes=(torch.float32, torch.bfloat16))
+def test_forward_allocates_the_output_only(spec, backend, case, dtype):
+    """A strided input is read in place: nothing of its size is allocated beside the output."""
+    if backend != "native" or DEVICE != "cpu":
+        return
+    arguments = case.make(dtype, DEVICE)
+    arguments["x"] = torch.randn(4, 512, 2 * arguments["x"].shape[-1]).to(dtype)[..., ::2].transpose(0, 1)
+    arguments["residual"] = None
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y = spec.op(**arguments, backend=backend)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert y.nbytes <= allocated <= y.nbytes + 2**21
