@@ -1,0 +1,43 @@
+# `make demo` and `make test` each set up what they need in .venv, and start at once when it is there.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(VENV)/.demo $(VENV)/.native
+	python examples/finetune.py
+
+test: lint $(VENV)/.native
+	python -m pytest tests
+	TRITON_INTERPRET=1 python -m pytest tests/test_ops.py tests/test_bottleneck.py tests/test_strict_interpreter.py
+
+lint: $(VENV)/.test,demo,peers
+	ruff check .
+
+bench: $(VENV)/.test,demo,peers $(VENV)/.native
+	python -m benchmarks.run
+
+# On a machine with an NVIDIA GPU, in the Python environment that is active there.
+gpu:
+	bash benchmarks/gpu.sh
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastadapt/*.so
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet "setuptools>=77" wheel ninja numpy
+	python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+# The package itself, editable, and the extras that the stamp is named after.
+$(VENV)/.%: pyproject.toml $(VENV)/.torch
+	FASTADAPT_BUILD=none python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	touch $@
+
+$(VENV)/.native: $(SOURCES) $(VENV)/.torch
+	python setup.py --quiet build_ext --inplace
+	touch $@

@@ -1,0 +1,94 @@
+"""The package installs anywhere: one stable binary, and an import that needs neither it nor Triton nor transformers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r} or name in {blocked!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code, **options):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **options)
+
+
+def test_imports_without_optional_packages():
+    blocked = ("triton", "transformers", "adapters", "peft", "numpy.f2py")
+    code = BLOCK.format(blocked=blocked) + (
+        "import torch, fastadapt\n"
+        "x = torch.randn(3, 8)\n"
+        "print(fastadapt.bottleneck(x, torch.zeros(2, 8), torch.zeros(8, 2), residual=x).equal(x))\n"
+        f"print(sorted(set(sys.modules) & set({blocked!r})))"
+    )
+    done = python(code)
+    assert done.stdout.split("\n")[:2] == ["True", "[]"], done.stderr
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the sources, so that builds leave the checkout alone."""
+    copy = tmp_path_factory.mktemp("tree") / "fastadapt"
+    names = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "fastadapt", "kernels")
+    copy.mkdir()
+    for name in names:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    return copy
+
+
+def wheel(tree, build):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", f"dist-{build}", "."]
+    done = subprocess.run(
+        command, cwd=tree, env={**os.environ, "FASTADAPT_BUILD": build}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tree / f"dist-{build}").glob("*.whl")
+    return path
+
+
+def test_pure_python_wheel_runs_the_reference(tree, tmp_path):
+    path = wheel(tree, "none")
+    assert path.name.endswith("-py3-none-any.whl")
+    zipfile.ZipFile(path).extractall(tmp_path)
+    assert not list(tmp_path.rglob("*.so")) and (tmp_path / "fastadapt/kernels/bottleneck.py").exists()
+    done = python(
+        "import torch, fastadapt\n"
+        "x = torch.randn(3, 8)\n"
+        "print(fastadapt.__file__, fastadapt.explain(fastadapt.bottleneck, x, torch.ones(2, 8), torch.ones(8, 2)))",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert str(tmp_path) in done.stdout and "bottleneck_fwd on cpu: reference" in done.stdout, done.stderr
+
+
+def test_compiled_wheel_keeps_to_the_stable_abi(tree, tmp_path):
+    path = wheel(tree, "cpu")
+    assert "-cp310-abi3-" in path.name
+    zipfile.ZipFile(path).extractall(tmp_path)
+    audit = shutil.which("torch-abi-audit", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    (library,) = tmp_path.rglob("*.so")
+    done = subprocess.run([audit, "--check", "both", str(library)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_unknown_build_is_refused(tree):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=tree, env={**os.environ, "FASTADAPT_BUILD": "rocm"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0 and "FASTADAPT_BUILD must be cpu, cuda or none, got 'rocm'" in done.stderr
