@@ -10,14 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r} or name in {blocked!r}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocker())
-"""
 
 
 def python(code, **options):
@@ -25,15 +17,16 @@ def python(code, **options):
 
 
 def test_imports_without_optional_packages():
-    blocked = ("triton", "transformers", "adapters", "peft", "numpy.f2py")
-    code = BLOCK.format(blocked=blocked) + (
+    missing = ("triton", "transformers", "adapters", "peft")
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({missing!r}))  # None: not installed\n"
         "import torch, fastadapt\n"
         "x = torch.randn(3, 8)\n"
-        "print(fastadapt.bottleneck(x, torch.zeros(2, 8), torch.zeros(8, 2), residual=x).equal(x))\n"
-        f"print(sorted(set(sys.modules) & set({blocked!r})))"
+        "print(fastadapt.bottleneck(x, torch.zeros(2, 8), torch.zeros(8, 2), residual=x).equal(x))"
     )
     done = python(code)
-    assert done.stdout.split("\n")[:2] == ["True", "[]"], done.stderr
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.fixture(scope="module")

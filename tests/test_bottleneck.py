@@ -1,0 +1,136 @@
+"""What the battery can't say of bottleneck."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastadapt
+from fastadapt.ops.bottleneck import _bwd, _fwd
+
+from .specs.bottleneck import SPEC
+from .test_ops import BACKENDS, DEVICE, floats, run, substitute
+
+backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if (b, DEVICE) in _fwd.available])
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_ids_of_any_integer_dtype(backend, dtype):
+    arguments = SPEC.case("bank-with-everything").make(torch.float32, DEVICE)
+    expected = run(SPEC.op, arguments, backend=backend)
+    arguments["adapter_ids"] = arguments["adapter_ids"].to(dtype)
+    actual = run(SPEC.op, arguments, backend=backend)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@backends
+@pytest.mark.parametrize("name", ["m65-d129-r48", "everything", "bank-with-everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(backend, name, dtype):
+    arguments = SPEC.case(name).make(dtype, DEVICE)
+    whole = fastadapt.bottleneck(**arguments, backend=backend)
+    rows = slice(1, 2)
+    for key in ("x", "residual", "adapter_ids"):
+        if arguments.get(key) is not None:
+            arguments[key] = arguments[key][rows]
+    assert torch.equal(fastadapt.bottleneck(**arguments, backend=backend), whole[rows])
+
+
+@backends
+def test_rows_without_adapter_ignore_its_parameters(backend):
+    arguments = SPEC.case("bank-unused").make(torch.float32, DEVICE)
+    for name in ("down_weight", "up_bias"):
+        arguments[name] = torch.full_like(arguments[name], float("nan"))
+    result = run(SPEC.op, arguments, backend=backend)
+    assert torch.equal(result["y"], arguments["residual"]) and not result["down_weight"].any() and not result["x"].any()
+
+
+@pytest.mark.skipif(("triton", DEVICE) not in _fwd.available, reason="needs a GPU or TRITON_INTERPRET=1")
+def test_ids_outside_the_bank_give_nan_rows_on_the_device():
+    """Reading ids on a GPU would stall its stream, so the kernels mark such rows and read nothing outside the bank."""
+    arguments = SPEC.case("bank-with-everything").make(torch.float32, DEVICE)
+    good = _fwd.triton(*SPEC.leaf_args(arguments))
+    arguments["adapter_ids"] = arguments["adapter_ids"].clone()
+    arguments["adapter_ids"][3], arguments["adapter_ids"][5] = 3, -2
+    bad = _fwd.triton(*SPEC.leaf_args(arguments))
+    wrong = torch.zeros(len(bad), dtype=torch.bool, device=DEVICE)
+    wrong[[3, 5]] = True
+    assert bad[wrong].isnan().all() and torch.equal(bad[~wrong], good[~wrong])
+
+
+@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("name", ["many-rows", "m65-d129-r48", "everything", "bank-with-everything"])
+def test_bits_do_not_depend_on_the_number_of_threads(name):
+    arguments = SPEC.case(name).make(torch.float32, "cpu")
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(SPEC.op, arguments, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][key], other[key]) for other in results[1:] for key in other)
+
+
+@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("shape", ["(2048, 4096), 64", "(2048, 768), 64", "(512, 1024), 8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_of_forward_is_the_output(shape, dtype):
+    """High-water mark of the resident set, by the kernel's own count: it sees every allocation, C++ scratch too."""
+    code = f"""
+import torch, fastadapt
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+def call(shape, r):
+    d = shape[-1]
+    x, down, up = (torch.ones(s, dtype=torch.{dtype}) for s in (shape, (r, d), (d, r)))
+    small = x[:8]
+    fastadapt.bottleneck(small, down, up, residual=small, backend="native")  # threads and code pages
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    y = fastadapt.bottleneck(x, down, up, residual=x, backend="native")
+    return status("VmHWM") - before - y.nbytes
+torch.set_num_threads(2)
+call((64, 64), 8)
+print(call({shape}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 2 * 2**20
+
+
+def test_explain_gives_reasons():
+    text = fastadapt.explain(fastadapt.bottleneck, torch.ones(2, 4, device="meta"), torch.ones(1, 4), torch.ones(4, 1))
+    assert text == "bottleneck_fwd on meta: reference (first of reference)"
+    with pytest.raises(TypeError, match="op must be a public function of fastadapt, got"):
+        fastadapt.explain(torch.relu, torch.ones(1))
+
+
+@backends
+def test_training_reduces_the_loss_as_the_reference_does(backend):
+    """Twenty steps of SGD on every argument: an error in a gradient would add up."""
+    start = SPEC.case("everything").make(torch.float32, DEVICE)
+    target = torch.randn_like(start["x"])
+    losses = {}
+    for name in (backend, "reference"):
+        leaves = {n: t.clone().requires_grad_(n not in ("x", "residual")) for n, t in floats(start).items()}
+        optimizer = torch.optim.SGD([t for t in leaves.values() if t.requires_grad], lr=0.05)
+        losses[name] = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = (fastadapt.bottleneck(**substitute(start, leaves), backend=name) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    assert losses[backend][-1] < 0.9 * losses[backend][0]
+    assert losses[backend] == pytest.approx(losses["reference"], rel=1e-4)
+
+
+@backends
+def test_leaf_of_nothing_wanted(backend):
+    arguments = SPEC.case("small").make(torch.float32, DEVICE)
+    args = SPEC.leaf_args(arguments)
+    outputs = getattr(_bwd, backend)(*SPEC.bwd_leaf_args(torch.ones_like(arguments["x"]), args, [False] * 10))
+    assert [tuple(t.shape) for t in outputs] == [(0,)] * 10
