@@ -30,7 +30,7 @@ using bf16 = uint16_t;  // the bits of a bfloat16
 // Sizes of the padded buffers that the caller owns; align them to 64 bytes.
 constexpr int64_t up_to(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 // Elements of a packed weight with k inner and n outer entries.
-constexpr int64_t packed_size(int64_t n, int64_t k) { return up_to(n, 16) * up_to(k, 32); }
+constexpr int64_t packed_size(int64_t n, int64_t k) { return up_to(n, 32) * up_to(k, 32); }
 // Elements of the scratch of a thread whose blocks have at most m rows and whose down products at most k inner entries.
 constexpr int64_t scratch_size(int64_t m, int64_t k) { return 2048 + 1024 + up_to(m, 32) * 32 + 32 * up_to(k, 32); }
 // Row length of the accumulators; the odd number of cache lines keeps the 16 rows of a tile out of one cache set.
@@ -445,6 +445,10 @@ FASTADAPT_AVX512 inline void accumulate(const Session& session, const bf16* at, 
                                                                                c + i * ldc + j, ldc);
   }
 }
+
+#else
+
+inline bool available() { return false; }
 
 #endif  // FASTADAPT_AMX
 
