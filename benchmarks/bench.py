@@ -1,0 +1,80 @@
+"""Measures the cases of one op in one dtype."""
+
+import datetime
+
+import torch
+
+from .contestants import backends, disagreement, enter
+from .floor import Rates
+from .machine import machine, software
+from .memory import peak_extra
+from .report import summarize
+from .timing import interleave, make_timer
+
+DIRECTIONS = {"forward": False, "forward+backward": True}
+
+
+class Bench:
+    """One op, one dtype: measures case by case and collects rows and notes."""
+
+    def __init__(self, op: str, spec, dtype: torch.dtype, device: torch.device, compile_modes=(), timer=None, seconds=1.0):
+        self.op, self.spec, self.dtype, self.device = op, spec, dtype, device
+        self.compile_modes, self.seconds = compile_modes, seconds
+        self.timer = make_timer(timer, device)
+        self.rates = Rates(dtype, device, self.timer)
+        self.rows, self.notes = [], []
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def ready(self, case, training: bool, arguments: dict) -> dict:
+        """Contestants that agree with eager, as calls for the timer; those that fail become notes."""
+        grad_y, calls, expected = None, {}, None
+        for name, contestant in enter(self.op, self.spec, arguments, self.device, self.compile_modes).items():
+            ours = name == "eager" or name in backends(self.spec, arguments, self.device)
+            try:
+                if training and grad_y is None:
+                    grad_y = torch.randn_like(contestant.forward())
+                results = contestant.results(grad_y)
+                expected = expected or results
+                if wrong := disagreement(results, expected):
+                    raise RuntimeError(wrong)
+                calls[name] = self.timer.prepare(contestant.call(grad_y))
+            except Exception as error:
+                if ours:
+                    raise RuntimeError(f"{self.op} {case.name} {name}: {error}") from error
+                self.note(f"{case.name}: {name} is left out: {str(error).splitlines()[0]}")
+        return calls
+
+    def measure(self, case, direction: str) -> None:
+        training = DIRECTIONS[direction]
+        torch._dynamo.reset()  # each shape gets code of its own, and no guards of the ones before it
+        torch.manual_seed(0)
+        arguments = case.make(self.dtype, str(self.device))
+        for value in arguments.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value.requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            calls = self.ready(case, training, arguments)
+            memory = {} if training else {n: peak_extra(c, self.device) for n, c in calls.items()}
+            bytes_ = case.bytes(self.dtype.itemsize)
+            timings = interleave({**calls, **self.rates.calls(bytes_, self.timer)}, self.timer, self.seconds)
+        floor = self.rates.floor(case.flops, timings, training)
+        self.rows.append({
+            "case": case.name, "direction": direction, "flops": case.flops, "bytes": bytes_,
+            "floor_us": round(floor.seconds * 1e6, 3), "bound": floor.bound,
+            "mm_gflops": round(self.rates.flops / timings["mm"].median / 1e9, 1),
+            "copy_gbps": round(bytes_ / timings["copy"].median / 1e9, 2),
+            "times": {name: timings[name].json() for name in calls}, "peak_bytes": memory,
+        })  # fmt: skip
+
+    def section(self, checked: bool, complete: bool) -> dict:
+        directions = dict.fromkeys(row["direction"] for row in self.rows)
+        return {
+            "op": self.op, "dtype": str(self.dtype)[6:], "timer": self.timer.name, "checked": checked, "complete": complete,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "threads": torch.get_num_threads(), "machine": machine(self.device), "software": software(),
+            "notes": self.notes, "rows": self.rows,
+            "summary": {d: summarize([row for row in self.rows if row["direction"] == d]) for d in directions},
+        }  # fmt: skip

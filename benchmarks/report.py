@@ -1,0 +1,131 @@
+"""Tables for the terminal, JSON for the record, a picture on request."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+OURS = ("native", "triton")
+BARRIER = 0.97  # a row below this share of the better of eager and compiled is named
+
+
+def baselines(row: dict) -> list[str]:
+    return [name for name in row["times"] if name not in OURS]
+
+
+def ratio(row: dict, ours: str, other: str) -> float:
+    """How many times faster ``ours`` is."""
+    return row["times"][other]["us"] / row["times"][ours]["us"]
+
+
+def against_best(row: dict, ours: str) -> float:
+    """The ratio to the fastest plain PyTorch, compiled or not."""
+    return min(ratio(row, ours, name) for name in ("eager", "compiled", "max-autotune") if name in row["times"])
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def _columns(rows: list[dict]) -> tuple[list[str], list[str]]:
+    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
+    return [n for n in names if n not in OURS], [n for n in names if n in OURS]
+
+
+def _print(table: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))))
+
+
+def print_table(rows: list[dict]) -> None:
+    """Microseconds of everyone, then for each kernel its speed-up over everyone and its share of the floor."""
+    others, ours = _columns(rows)
+    head = ["case", *others]
+    for name in ours:
+        head += [f"{name} µs", *(f"/{other}" for other in others), "% floor", "MiB"]
+    head += ["floor µs", "bound"]
+    table = [head]
+    for row in rows:
+        times = row["times"]
+        line = [row["case"], *(f"{times[n]['us']:.1f}" if n in times else "-" for n in others)]
+        for name in ours:
+            if name not in times:
+                line += ["-"] * (len(others) + 3)
+                continue
+            line.append(f"{times[name]['us']:.1f}")
+            line += [f"{ratio(row, name, n):.2f}" if n in times else "-" for n in others]
+            peak = row["peak_bytes"].get(name)
+            line += [f"{100 * row['floor_us'] / times[name]['us']:.0f}", "-" if peak is None else f"{peak / 2**20:.1f}"]
+        table.append([*line, f"{row['floor_us']:.1f}", row["bound"]])
+    _print(table)
+
+
+def summarize(rows: list[dict]) -> dict:
+    """For each kernel: geometric means over the rows that have both, and the rows that lose to plain PyTorch."""
+    others, ours = _columns(rows)
+    summary = {}
+    for name in ours:
+        mine = [row for row in rows if name in row["times"]]
+        means = {}
+        for other in others:
+            if both := [row for row in mine if other in row["times"]]:
+                means[other] = round(geometric_mean(ratio(row, name, other) for row in both), 3)
+        summary[name] = {
+            "geometric_mean_over": means,
+            "geometric_mean_of_floor": round(geometric_mean(row["floor_us"] / row["times"][name]["us"] for row in mine), 3),
+            "rows": len(mine),
+            "below": {row["case"]: round(v, 3) for row in mine if (v := against_best(row, name)) < BARRIER},
+        }
+    return summary
+
+
+def print_summary(summary: dict) -> None:
+    for name, found in summary.items():
+        means = ", ".join(f"{mean:.2f} x {other}" for other, mean in found["geometric_mean_over"].items())
+        floor = 100 * found["geometric_mean_of_floor"]
+        print(f"{name}: geometric mean {means}; {floor:.0f} % of the floor ({found['rows']} rows)")
+        below = ", ".join(f"{case} {value:.2f}" for case, value in found["below"].items())
+        print(f"  below {BARRIER} of the better of eager and compiled: {below or 'none'}")
+
+
+def write_json(path: Path, sections: dict) -> None:
+    """Replace these sections of the file and keep its others: each is one op, dtype and timer out of one run."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps({**kept, **sections}, indent=1, ensure_ascii=False) + "\n")
+    os.replace(fresh, path)
+
+
+def plot(path: Path, sections: dict) -> None:
+    """Speed-ups over plain PyTorch, one panel a section and direction, one line a kernel and baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (f"{title}, {direction}", [row for row in section["rows"] if row["direction"] == direction])
+        for title, section in sections.items() for direction in section["summary"]
+    ]  # fmt: skip
+    width = max(6.0, 0.2 * max(len(rows) for _, rows in panels))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(width, 3.6 * len(panels)), squeeze=False, layout="constrained")
+    for axis, (title, rows) in zip(axes[:, 0], panels):
+        others, ours = _columns(rows)
+        for name in ours:
+            for other in others:
+                values = [ratio(r, name, other) if {name, other} <= r["times"].keys() else math.nan for r in rows]
+                axis.plot(values, marker="o", markersize=3, linewidth=1, label=f"{name} over {other}")
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set(title=title, ylabel="speed-up", yscale="log", ylim=(0.5, None))
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set_xticks(range(len(rows)), [r["case"] for r in rows], rotation=90, fontsize=6)
+        axis.grid(axis="y", linewidth=0.3)
+        if ours:
+            axis.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
