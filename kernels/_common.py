@@ -1,0 +1,183 @@
+"""What the Triton kernels of several ops share: activations, rows of strided tensors, tiles of a bank."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(z):
+    """tanh of float32, to about one unit in the last place: exp alone would cancel near zero."""
+    t = tl.exp(-2.0 * tl.abs(z))
+    large = (1.0 - t) / (1.0 + t)
+    q = z * z
+    p = -5.895157651e-3 * q + 2.079597127e-2  # odd minimax polynomial on |z| < 0.6, relative error 3e-9
+    p = ((p * q - 5.378383015e-2) * q + 1.333192413e-1) * q - 3.333329800e-1
+    return tl.where(tl.abs(z) < 0.6, z + z * q * p, tl.where(z < 0, -large, large))
+
+
+@triton.jit
+def activation(z, CODE: tl.constexpr):
+    """The activation of float32 ``z`` and its slope there; the one not used costs nothing. NaN passes as in PyTorch."""
+    if CODE == 0:  # relu
+        value = tl.where(z <= 0, 0.0, z)
+        slope = tl.where(z <= 0, 0.0, 1.0)
+    elif CODE == 1:  # gelu
+        cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+        value = z * cdf
+        slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    elif CODE == 2:  # gelu_tanh
+        q = z * z
+        t = tanh(0.7978845608028654 * z * (1.0 + 0.044715 * q))
+        value = 0.5 * z * (1.0 + t)
+        slope = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * (0.7978845608028654 * (1.0 + 0.134145 * q))
+    elif CODE == 3:  # silu
+        s = 1.0 / (1.0 + tl.exp(-z))
+        value = z * s
+        slope = s * (1.0 + z * (1.0 - s))
+    elif CODE == 4:  # tanh
+        value = tanh(z)
+        slope = 1.0 - value * value
+    else:  # identity
+        value = z
+        slope = tl.full(z.shape, 1.0, tl.float32)
+    return value, slope
+
+
+@triton.jit
+def bank_tile(starts_ptr, index, n_groups, size, GROUPS: tl.constexpr):
+    """The ``index``-th tile when each group is cut into tiles of ``size`` positions: its group and its first and last position.
+
+    ``starts_ptr`` holds n_groups + 1 ascending positions. A tile past the last one is empty.
+    """
+    groups = tl.arange(0, GROUPS)
+    valid = groups < n_groups
+    first = tl.load(starts_ptr + groups, mask=valid, other=0)
+    last = tl.load(starts_ptr + 1 + groups, mask=valid, other=0)
+    tiles = (last - first + size - 1) // size
+    before = tl.cumsum(tiles, 0) <= index
+    group = tl.sum(before.to(tl.int64), 0)
+    here = groups == group
+    start = tl.sum(tl.where(here, first, 0), 0) + (index - tl.sum(tl.where(before, tiles, 0), 0)) * size
+    return group, start, tl.sum(tl.where(here, last, 0), 0)
+
+
+@triton.jit
+def bank_tiles(starts_ptr, group, n_groups, size, GROUPS: tl.constexpr):
+    """Numbers of the first tile of ``group`` and of the tile after its last one, as ``bank_tile`` counts them."""
+    groups = tl.arange(0, GROUPS)
+    valid = groups < n_groups
+    first = tl.load(starts_ptr + groups, mask=valid, other=0)
+    last = tl.load(starts_ptr + 1 + groups, mask=valid, other=0)
+    tiles = (last - first + size - 1) // size
+    begin = tl.sum(tl.where(groups < group, tiles, 0), 0)
+    return begin, begin + tl.sum(tl.where(groups == group, tiles, 0), 0)
+
+
+@triton.jit
+def row_offsets(rows, inside, table_ptr, stride):
+    """Where ``rows`` of a tensor begin, in elements, as described by ``rows_of``."""
+    if table_ptr is not None:
+        rows = tl.load(table_ptr + rows, mask=inside, other=0)
+    return rows * stride
+
+
+@triton.jit
+def moments(x_ptr, offsets, inside, stride_d, width, d, eps, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mean and reciprocal deviation of rows of x in one pass: the moments of each tile are merged into the running ones."""
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        cols = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        mask = inside[:, None] & (cols < d)[None, :]
+        tile = tl.load(x_ptr + offsets[:, None] + cols[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+        seen = (start + tl.zeros((1,), tl.int32)).to(tl.float32)
+        n = tl.minimum(d - seen, BLOCK_D * 1.0)
+        tile_mean = tl.sum(tile, 1) / n
+        gap = tl.where(mask, tile - tile_mean[:, None], 0.0)
+        delta = tile_mean - mean
+        mean += delta * (n / (seen + n))
+        squares += tl.sum(gap * gap, 1) + delta * delta * (seen * n / (seen + n))
+    return mean, tl.rsqrt(squares / d + eps)
+
+
+@triton.jit
+def standardised(tile, mean, rstd):
+    return (tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def project(
+    ptr, offsets, inside, stride_d, weight_ptr, weight_stride_d, weight_stride_r, width, mean, rstd, norm_weight_ptr,
+    norm_bias_ptr, scale_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows, normalised or scaled per channel on the way, times a (width, R) weight: [BLOCK_M, BLOCK_R] in float32."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        cols = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        valid = cols < width
+        tile = tl.load(ptr + offsets[:, None] + cols[None, :] * stride_d, mask=inside[:, None] & valid[None, :], other=0.0)
+        if norm_weight_ptr is not None:
+            normed = standardised(tile, mean, rstd)
+            normed *= tl.load(norm_weight_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
+            if norm_bias_ptr is not None:
+                normed += tl.load(norm_bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
+            tile = normed.to(dtype)
+        if scale_ptr is not None:
+            tile = (tile.to(tl.float32) * tl.load(scale_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]).to(dtype)
+        weight_ptrs = weight_ptr + cols[:, None] * weight_stride_d + ranks[None, :] * weight_stride_r
+        weight = tl.load(weight_ptrs, mask=valid[:, None] & (ranks < R)[None, :], other=0.0).to(dtype)  # [BLOCK_D, BLOCK_R]
+        acc = tl.dot(tile, weight, acc, input_precision=PRECISION)
+    if R != BLOCK_R:  # the padding of an infinite row is 0 * inf
+        acc = tl.where((ranks < R)[None, :], acc, 0.0)
+    return acc
+
+
+@triton.jit
+def rank_vector(ptr, limit, BLOCK_R: tl.constexpr):
+    ranks = tl.arange(0, BLOCK_R)
+    return tl.load(ptr + ranks, mask=ranks < limit, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def hidden_layer(z, hidden_skip_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The hidden activations of float32 ``z`` and their slope."""
+    value, slope = activation(z, ACTIVATION)
+    if hidden_skip_ptr is not None:
+        skip = rank_vector(hidden_skip_ptr, R, BLOCK_R)
+        value += skip * z
+        slope += skip
+    return value, slope
+
+
+def rows_of(t: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """``(table, stride)``: with its leading dims flattened, row i of ``t`` begins at ``table[i] * stride``; no table means i.
+
+    The table (int64, one entry a row) replaces a copy of ``t`` when its leading dims can't be flattened in place.
+    """
+    dims = [(n, s) for n, s in zip(t.shape[:-1], t.stride()[:-1]) if n != 1]
+    if all(outer == n * inner for (_, outer), (n, inner) in zip(dims, dims[1:])):
+        return None, dims[-1][1] if dims else 0
+    stride = math.gcd(*(s for _, s in dims))  # keeps the alignment of rows visible to the compiler
+    table = torch.zeros((), dtype=torch.int64, device=t.device)
+    for n, s in dims:
+        table = table[..., None] + torch.arange(n, device=t.device) * (s // stride)
+    return table.reshape(-1), stride
+
+
+def bank_rows(adapter_ids: torch.Tensor, x: torch.Tensor, g: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(order, starts)``: the rows of ``x`` sorted by adapter, and where each adapter's rows begin in that order.
+
+    Group g holds the rows without an adapter (id -1) and group g + 1 those with an id outside the bank. Nothing waits for the
+    device.
+    """
+    ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.dim() - 1 - adapter_ids.dim())).expand(x.shape[:-1]).reshape(-1)
+    ids = ids.to(torch.int64)
+    group = torch.where((ids >= 0) & (ids < g), ids, torch.where(ids == -1, g, g + 1)).to(torch.int32)
+    group, order = group.sort(stable=True)
+    return order, torch.searchsorted(group, torch.arange(g + 3, dtype=torch.int32, device=x.device))
