@@ -1,0 +1,109 @@
+"""The encoder with a classification head, and the fine-tuning methods that the demo compares."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import plain
+
+
+class Method(NamedTuple):
+    title: str
+    lr: float
+    attach: Callable[[nn.Module, nn.Module, int], None] | None = None  # (BERT layer, adapter modules, rank)
+
+
+def _after_ffn(layer: nn.Module, modules, r: int, **options) -> None:
+    dense = layer.output.dense
+    layer.output.dense = nn.Sequential(dense, modules.BottleneckAdapter(dense.out_features, r, **options))
+
+
+def _after_both(layer: nn.Module, modules, r: int) -> None:
+    dense = layer.attention.output.dense
+    layer.attention.output.dense = nn.Sequential(dense, modules.BottleneckAdapter(dense.out_features, r, activation="gelu"))
+    _after_ffn(layer, modules, r, activation="gelu")
+
+
+def _skip(layer: nn.Module, modules, r: int) -> None:
+    _after_ffn(layer, modules, r, skip="channel")
+
+
+def _beside_ffn(layer: nn.Module, modules, r: int) -> None:
+    """BERT splits its FFN over two submodules; joined in the first, they have one input and one output."""
+    ffn = nn.Sequential(layer.intermediate, layer.output.dense)
+    adapter = modules.BottleneckAdapter(layer.output.dense.out_features, r, scale=4.0, residual=False)
+    layer.intermediate, layer.output.dense = modules.ParallelAdapter(ffn, adapter), nn.Identity()
+
+
+METHODS = {
+    "full": Method("full fine-tuning", 1e-4),
+    "head": Method("head only", 2e-2),
+    "standard": Method("standard: a bottleneck after the FFN (Pfeiffer et al. 2021)", 2e-3, _after_ffn),
+    "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 2e-3, _after_both),
+    "skip": Method("standard with a learned skip connection, skip_weight * x", 2e-3, _skip),
+    "parallel": Method("a bottleneck beside the FFN, scale 4 (He et al. 2022)", 1e-3, _beside_ffn),
+}
+
+
+class Classifier(nn.Module):
+    """``head(mean over the sentence of encoder(tokens))``."""
+
+    def __init__(self, encoder: nn.Module, labels: int = 2):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask[..., None].to(hidden.dtype)
+        return self.head((hidden * weight).sum(1) / weight.sum(1))
+
+
+def load(folder: Path):
+    """The pretrained encoder and its tokenizer, from files alone."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+    from transformers import AutoTokenizer, BertModel, logging
+
+    logging.set_verbosity_error()  # the checkpoint's pooler is left out on purpose
+    encoder = BertModel.from_pretrained(folder, add_pooling_layer=False, local_files_only=True)
+    return encoder, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def build(encoder: nn.Module, method: str, modules=plain, *, r: int = 48, seed: int = 0) -> Classifier:
+    """A classifier on a copy of ``encoder`` with the adapters of ``method``; what stays frozen is shared, not copied.
+
+    Dropout is off, so that two runs on the same batches differ by rounding alone.
+    """
+    full = method == "full"
+    shared = {} if full else {id(p): p for p in encoder.requires_grad_(False).parameters()}
+    encoder = copy.deepcopy(encoder, shared).requires_grad_(full)
+    torch.manual_seed(seed)
+    model = Classifier(encoder)
+    if attach := METHODS[method].attach:
+        for layer in encoder.encoder.layer:
+            attach(layer, modules, r)
+    return model.eval()
+
+
+def pair(encoder: nn.Module, method: str, modules, *, r: int = 48, seed: int = 0) -> dict[str, Classifier]:
+    """The classifier with ``modules`` and with plain PyTorch modules of the same weights; one where there is no adapter."""
+    ours = build(encoder, method, modules, r=r, seed=seed)
+    if METHODS[method].attach is None:
+        return {"plain": ours}
+    theirs = build(encoder, method, plain, r=r, seed=seed)
+    theirs.load_state_dict(ours.state_dict())
+    return {"fastadapt": ours, "plain": theirs}
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """The number of trainable parameters, and of all."""
+    return sum(p.numel() for p in trainable(model)), sum(p.numel() for p in model.parameters())

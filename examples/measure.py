@@ -1,0 +1,97 @@
+"""One training run: its steps, their time, its peak memory, its accuracy."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .adapt import trainable
+from .data import Batch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on the terminal otherwise
+
+
+class Run:
+    """A model in training; ``seconds`` and ``losses`` grow by one a step."""
+
+    def __init__(self, model: nn.Module, lr: float, steps: int):
+        self.model, self.seconds, self.losses = model, [], []
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.01, fused=True)
+        rise = max(1, steps // 10)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / rise, max(steps - step, 1) / (steps - rise + 1))
+        )
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(self.model(batch.input_ids, batch.attention_mask), batch.labels)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def step(self, batch: Batch) -> None:
+        """Forward, backward and update; timed together."""
+        start = self._now()
+        loss = self._loss(batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(self._now() - start)
+        self.schedule.step()
+        self.losses.append(loss.item())
+
+    def _pass(self, batch: Batch) -> None:
+        self._loss(batch).backward()
+        self.optimizer.zero_grad()
+
+    def peak_bytes(self, batch: Batch) -> int:
+        """The most that the tensors of a training step hold together: activations, gradients, temporaries, optimizer state.
+
+        Counted at PyTorch's allocator, so that temporaries inside an op are seen; the weights, the same for every method, are
+        left out. Changes nothing but the gradients, which are None afterwards.
+        """
+        state = 2 * sum(p.numel() * p.element_size() for p in trainable(self.model))  # AdamW's two moments
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._pass(batch)
+            return state + torch.cuda.max_memory_allocated(self.device) - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self._pass(batch)
+        alive = peak = 0
+        events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            alive += event.nbytes()
+            peak = max(peak, alive)
+        return state + peak
+
+    @torch.no_grad()
+    def accuracy(self, batches: Iterable[Batch]) -> float:
+        right = total = 0
+        for batch in batches:
+            right += (self.model(batch.input_ids, batch.attention_mask).argmax(-1) == batch.labels).sum().item()
+            total += len(batch.labels)
+        return right / total
+
+
+def train(runs: list[Run], batches: Iterable[Batch]) -> None:
+    """A step of each run in turn on every batch, the first one last the next time, so that noise meets all of them alike."""
+    for number, batch in enumerate(batches):
+        for run in runs if number % 2 == 0 else reversed(runs):
+            run.step(batch)
+
+
+def speed_up(ours: Run, theirs: Run) -> float:
+    """How many times faster ``ours`` is: the median over the batches, each batch compared with itself."""
+    return statistics.median(slow / fast for fast, slow in zip(ours.seconds, theirs.seconds, strict=True))
+
+
+def loss_difference(ours: Run, theirs: Run) -> float:
+    """The largest distance between the two runs' losses at any step."""
+    return max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
