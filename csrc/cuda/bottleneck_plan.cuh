@@ -1,0 +1,187 @@
+// The host side of bottleneck: from arrays to kernel parameters, and which kernels run.  Free of torch, so that the CPU
+// emulation runs the very same plan.
+#pragma once
+#include <functional>
+
+#include "bottleneck.cuh"
+
+namespace fastadapt {
+
+enum class Kind { float32, float16, bfloat16, int64, int32, int16, int8, uint8 };
+
+// A tensor as its metadata; sizes and strides are borrowed, data is nullptr for an absent argument.
+struct Array {
+  void* data = nullptr;
+  Kind kind = Kind::float32;
+  int dims = 0;
+  const int64_t *size = nullptr, *stride = nullptr;
+};
+
+struct Device {
+  int multiprocessors;
+  int shared_limit;  // most dynamic shared memory that a block can ask for
+  cudaStream_t stream;
+  std::function<void*(int64_t)> allocate;  // 16-byte aligned, lives until the plan ends
+};
+
+template <class T>
+constexpr Kind kind_of() {
+  return std::is_same_v<T, bf16> ? Kind::bfloat16 : std::is_same_v<T, f16> ? Kind::float16 : Kind::float32;
+}
+
+// The largest rank: its hidden tile of 16 rows fits beside the ring into the 99 KiB of the smallest devices.
+constexpr int kMaxRank = 1024;
+
+// Leading sizes `size` with strides `stride`, joined where they lie behind one another.  False if more than kMaxDims remain.
+inline bool join_dims(Rows& rows, int dims, const int64_t* size, const int64_t* stride) {
+  rows.dims = 0;
+  for (int i = 0; i < dims; i++) {
+    if (size[i] == 1) continue;
+    if (rows.dims && rows.stride[rows.dims - 1] == size[i] * stride[i]) {
+      rows.size[rows.dims - 1] *= size[i];
+      rows.stride[rows.dims - 1] = stride[i];
+      continue;
+    }
+    if (rows.dims == kMaxDims) return false;
+    rows.size[rows.dims] = size[i];
+    rows.stride[rows.dims++] = stride[i];
+  }
+  if (rows.dims == 0) rows.size[0] = 1, rows.stride[0] = 0, rows.dims = 1;
+  return true;
+}
+
+// Whether rows of `array` can be copied 16 bytes at a time.
+inline bool aligned(const Array& array, int element) {
+  bool yes = reinterpret_cast<uintptr_t>(array.data) % 16 == 0 && (array.stride[array.dims - 1] == 1 || array.size[array.dims - 1] == 1);
+  for (int i = 0; i < array.dims - 1; i++) yes &= array.size[i] == 1 || array.stride[i] * element % 16 == 0;
+  return yes;
+}
+
+template <class T>
+bool as_rows(Rows& rows, const Array& array) {
+  rows = Rows{};
+  if (!array.data) return true;
+  rows.data = array.data;
+  rows.inner = Inner{array.stride[array.dims - 1], aligned(array, sizeof(T))};
+  return join_dims(rows, array.dims - 1, array.size, array.stride);
+}
+
+inline Vector as_vector(const Array& array) {
+  if (!array.data) return Vector{};
+  return Vector{array.data, array.dims ? array.stride[array.dims - 1] : 0, array.dims > 1 ? array.stride[0] : 0,
+                array.kind == Kind::float32};
+}
+
+struct Pack {
+  const void* from;
+  void* to;
+  int is_float;
+  int64_t groups, rows, columns, from_group, from_row, from_column, to_row;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Pack p) {
+  const int64_t n = p.groups * p.rows * p.columns;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < n; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int64_t line = i / p.columns, column = i % p.columns;
+    const int64_t from = line / p.rows * p.from_group + line % p.rows * p.from_row + column * p.from_column;
+    static_cast<T*>(p.to)[line * p.to_row + column] =
+        p.is_float ? from_float<T>(static_cast<const float*>(p.from)[from]) : static_cast<const T*>(p.from)[from];
+  }
+}
+
+// The weight itself where the kernels can read it, else a packed copy in T (small beside the activations).
+template <class T>
+Weight as_weight(const Array& array, const Device& device) {
+  const int dims = array.dims;
+  const int64_t rows = array.size[dims - 2], columns = array.size[dims - 1], groups = dims == 3 ? array.size[0] : 1;
+  const int64_t row = array.stride[dims - 2], group = dims == 3 ? array.stride[0] : 0;
+  if (array.kind == kind_of<T>() && aligned(array, sizeof(T))) return Weight{array.data, row, group};
+  const int64_t to_row = divide_up(columns, Shape<T>::kVector) * Shape<T>::kVector, n = groups * rows * columns;
+  const Pack pack{array.data, device.allocate(groups * rows * to_row * sizeof(T)), array.kind == Kind::float32,
+                  groups, rows, columns, group, row, array.stride[dims - 1], to_row};
+  if (n) launch(pack_kernel<T>, dim3(static_cast<unsigned>(least<int64_t>(divide_up(n, kThreads), 4096))), kThreads, 0, device.stream, pack);
+  return Weight{pack.to, to_row, rows * to_row};
+}
+
+// Sorts the rows by adapter on the device; the host learns nothing and waits for nothing.
+inline bool sort_rows(Groups& groups, const Array& ids, const Array& x, int tile_rows, const Device& device) {
+  Sort s{};
+  int64_t stride[64];
+  for (int i = 0; i < x.dims - 1; i++) stride[i] = i < ids.dims ? ids.stride[i] : 0;  // one id a sequence: its tokens share it
+  if (!join_dims(s.ids, x.dims - 1, x.size, stride)) return false;
+  s.ids.data = ids.data;
+  s.id_bytes = ids.kind == Kind::int64 ? 8 : ids.kind == Kind::int32 ? 4 : ids.kind == Kind::int16 ? 2 : 1;
+  s.id_signed = ids.kind != Kind::uint8;
+  s.g = groups.g, s.m = groups.m, s.tile_rows = tile_rows;
+  s.chunk = divide_up(s.m, 1024) < 1024 ? 1024 : divide_up(s.m, 1024);
+  s.chunks = divide_up(s.m, s.chunk);
+  auto numbers = [&](int64_t n) { return static_cast<int64_t*>(device.allocate(n * sizeof(int64_t))); };
+  s.counts = numbers(s.chunks * (s.g + 2));
+  s.order = numbers(s.m > 0 ? s.m : 1);
+  s.begin = numbers(s.g + 3);
+  s.tile = numbers(s.g + 3);
+  const dim3 grid(static_cast<unsigned>(s.chunks));
+  if (s.m) launch(sort_rows_kernel<false>, grid, 32, 0, device.stream, s);
+  launch(sort_offsets_kernel, dim3(1), kThreads, 0, device.stream, s);
+  if (s.m) launch(sort_rows_kernel<true>, grid, 32, 0, device.stream, s);
+  groups.order = s.order, groups.begin = s.begin, groups.tile = s.tile;
+  return true;
+}
+
+struct Arguments {
+  Array x, other, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip, hidden_skip, ids;
+  float scale_value, norm_eps;
+  int activation, add_x;
+};
+
+// Rows a block: 64, or 16 where 64 would leave multiprocessors idle, push x out of the cache before its second reading, or
+// need too much shared memory.
+template <class T>
+int rows_per_block(int64_t m, int d, int r, const Device& device) {
+  const bool wide = divide_up(m, 64) >= device.multiprocessors && d <= 2048 && Block<T, 64>::bytes(r) <= device.shared_limit;
+  return wide ? 64 : 16;
+}
+
+// Fills the parameters that both directions share; an error message, or nullptr.
+template <class T>
+const char* describe(Bottleneck& p, int& tile_rows, const Arguments& a, const Device& device) {
+  p = Bottleneck{};
+  p.m = 1;
+  for (int i = 0; i < a.x.dims - 1; i++) p.m *= a.x.size[i];
+  const int64_t d = a.x.size[a.x.dims - 1], r = a.down_weight.size[a.down_weight.dims - 2];
+  if (r > kMaxRank) return "r must be at most 1024";
+  if (d > (int64_t{1} << 30)) return "d must be at most 2**30";
+  p.d = static_cast<int>(d), p.r = static_cast<int>(r);
+  if (!as_rows<T>(p.x, a.x) || !as_rows<T>(p.other, a.other)) return "more than 8 leading dims that can't be joined";
+  p.down_bias = as_vector(a.down_bias), p.up_bias = as_vector(a.up_bias), p.scale = as_vector(a.scale);
+  p.norm_weight = as_vector(a.norm_weight), p.norm_bias = as_vector(a.norm_bias);
+  p.skip = as_vector(a.skip), p.hidden_skip = as_vector(a.hidden_skip);
+  p.scale_value = a.scale_value, p.norm_eps = a.norm_eps, p.activation = a.activation, p.add_x = a.add_x;
+  p.groups.g = a.ids.data ? static_cast<int>(a.down_weight.size[0]) : 1;
+  p.groups.m = p.m;
+  tile_rows = rows_per_block<T>(p.m, p.d, p.r, device);
+  if (a.ids.data && !sort_rows(p.groups, a.ids, a.x, tile_rows, device)) return "adapter_ids has more than 8 dims that can't be joined";
+  p.down = as_weight<T>(a.down_weight, device);
+  p.up = as_weight<T>(a.up_weight, device);
+  return nullptr;
+}
+
+// Without a bank the number of tiles is known; in a bank each adapter, and each kind of row without one, can add one.
+inline int64_t tile_count(const Bottleneck& p, int tile_rows) {
+  return divide_up(p.m, tile_rows) + (p.groups.order ? p.groups.g + 2 : 0);
+}
+
+template <class T>
+const char* bottleneck_forward(const Arguments& a, void* y, const Device& device) {
+  Bottleneck p;
+  int rows;
+  if (const char* error = describe<T>(p, rows, a, device)) return error;
+  p.out = y;
+  const dim3 grid(static_cast<unsigned>(tile_count(p, rows)));
+  if (rows == 64) launch(bottleneck_fwd_kernel<T, 64>, grid, kThreads, Block<T, 64>::bytes(p.r), device.stream, p);
+  else launch(bottleneck_fwd_kernel<T, 16>, grid, kThreads, Block<T, 16>::bytes(p.r), device.stream, p);
+  return nullptr;
+}
+
+}  // namespace fastadapt

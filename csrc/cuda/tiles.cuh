@@ -1,0 +1,183 @@
+// Tiles in shared memory: loading, changing, multiplying.  A block has 128 threads, four warps.
+//
+// 16-bit types go through the tensor cores.  float32 must stay float32: tf32 keeps 10 bits of mantissa and three tf32
+// products still round differently from float32, so float32 uses plain FMA in the same layout of accumulators.
+#pragma once
+#include "hardware.cuh"
+
+namespace fastadapt {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kN = 64;  // columns of an output tile
+
+template <class T>
+struct Shape {
+  static constexpr int kVector = 16 / sizeof(T);            // elements of one 16-byte copy
+  static constexpr int kDepth = 128 / sizeof(T);            // inner dimension of a tile
+  static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;    // float32 tiles are twice as large; 99 KiB must do
+  // The leading dimension of a tile: eight rows then start in eight different banks.
+  static constexpr __host__ __device__ int padded(int columns) { return columns + kVector; }
+};
+
+constexpr __host__ __device__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr __host__ __device__ int round_up(int a, int b) { return (a + b - 1) / b * b; }
+template <class I>
+constexpr __host__ __device__ I least(I a, I b) { return a < b ? a : b; }
+
+// Calls f(row, column) for the parts of a tile that belong to this thread: groups of V columns, the same in every call with
+// the same arguments.  `down` lets neighbouring threads go down a column, as memory with an inner stride likes it.
+template <int COLUMNS, int V, class F>
+__device__ __forceinline__ void own_parts(int rows, int columns, bool down, F f) {
+  constexpr int kPerRow = COLUMNS / V;
+  for (int i = threadIdx.x; i < rows * kPerRow; i += kThreads) {
+    const int row = down ? i % rows : i / kPerRow;
+    const int column = (down ? i / rows : i % kPerRow) * V;
+    if (column < columns) f(row, column);
+  }
+}
+
+// How the elements of a row lie in memory.
+struct Inner {
+  int64_t stride;  // between columns
+  int vector;      // rows are 16-byte aligned and their columns adjacent
+};
+
+// Starts to fill tile[rows][columns] from source(row), the address of a row's first column, or nullptr for a row of zeros.
+// Columns from `valid` on become zero.
+template <int COLUMNS, class T, class Source>
+__device__ __forceinline__ void load_tile(T* tile, int rows, int columns, int64_t valid, Inner inner, Source source) {
+  constexpr int kVector = Shape<T>::kVector, kRow = Shape<T>::padded(COLUMNS);
+  if (inner.vector) {
+    own_parts<COLUMNS, kVector>(rows, columns, false, [&](int row, int column) {
+      const T* from = source(row);
+      const int64_t left = from ? valid - column : 0;
+      T* to = tile + row * kRow + column;
+      if (left > 0) cp_async16(to, from + column, static_cast<int>(least<int64_t>(left * sizeof(T), 16)));
+      else *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+    });
+  } else {
+    own_parts<COLUMNS, 1>(rows, columns, inner.stride != 1, [&](int row, int column) {
+      const T* from = source(row);
+      tile[row * kRow + column] = from && column < valid ? from[column * inner.stride] : from_float<T>(0.f);
+    });
+  }
+}
+
+// Replaces the valid elements that this thread loaded by f(value, row, column).
+template <int COLUMNS, class T, class F>
+__device__ __forceinline__ void change_tile(T* tile, int rows, int columns, int64_t valid, Inner inner, F f) {
+  constexpr int kVector = Shape<T>::kVector, kRow = Shape<T>::padded(COLUMNS);
+  auto change = [&](int row, int column) {
+    T& v = tile[row * kRow + column];
+    if (column < valid) v = from_float<T>(f(to_float(v), row, column));
+  };
+  if (inner.vector)
+    own_parts<COLUMNS, kVector>(rows, columns, false, [&](int row, int column) {
+      for (int i = 0; i < kVector; i++) change(row, column + i);
+    });
+  else
+    own_parts<COLUMNS, 1>(rows, columns, inner.stride != 1, change);
+}
+
+// Loads a weight tile for columns n0.. of the output and depth k0.. of the product.  The matrix is stored (n, k), or (k, n)
+// if TRANSPOSED; `row` is its leading dimension.  Weights are always 16-byte aligned.
+template <bool TRANSPOSED, class T>
+__device__ __forceinline__ void load_weight(
+    T* tile, const T* weight, int64_t row, int64_t n0, int n_extent, int64_t n, int64_t k0, int k_extent, int64_t k) {
+  const Inner inner{1, 1};
+  if constexpr (TRANSPOSED)
+    load_tile<kN>(tile, k_extent, n_extent, n - n0, inner, [&](int i) { return k0 + i < k ? weight + (k0 + i) * row + n0 : nullptr; });
+  else
+    load_tile<Shape<T>::kDepth>(tile, n_extent, k_extent, k - k0, inner,
+                                [&](int i) { return n0 + i < n ? weight + (n0 + i) * row + k0 : nullptr; });
+}
+
+// Four values along the depth of row or column i of a float32 operand.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_four(float (&v)[4], const float* tile, int row, int i, int k) {
+  if constexpr (TRANSPOSED) {
+    for (int n = 0; n < 4; n++) v[n] = tile[(k + n) * row + i];
+  } else {
+    const float4 four = *reinterpret_cast<const float4*>(tile + i * row + k);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+  }
+}
+
+// acc += a @ b over `depth`, for 16 rows and NI * 8 columns of one warp, of which the first `live` blocks of 8 are wanted.
+// a is stored (m, k), or (k, m) if TRANS_A; b is stored (n, k), or (k, n) if TRANS_B.  With SUM, every column of `sum` is
+// the sum of a over the depth.  Lane 4*g + t holds rows g and g + 8, columns 2*t and 2*t + 1 of each block.
+template <int NI, bool TRANS_A, bool TRANS_B, bool SUM, class T>
+__device__ __forceinline__ void multiply(
+    float (&acc)[NI][4], float (&sum)[4], const T* a, int row_a, const T* b, int row_b, int depth, int live) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
+    for (int k = 0; k < depth; k += 16) {
+      uint32_t fa[4];
+      ldmatrix_x4<TRANS_A>(fa, TRANS_A ? a + (k + lane / 16 * 8 + lane % 8) * row_a + lane / 8 % 2 * 8
+                                       : a + lane % 16 * row_a + k + lane / 16 * 8);
+#pragma unroll
+      for (int j = 0; j < NI; j += 2) {
+        if (j >= live) break;
+        uint32_t fb[4];
+        ldmatrix_x4<TRANS_B>(fb, TRANS_B ? b + (k + lane % 16) * row_b + j * 8 + lane / 16 * 8
+                                         : b + (j * 8 + lane / 16 * 8 + lane % 8) * row_b + k + lane / 8 % 2 * 8);
+        mma_m16n8k16<T>(acc[j], fa, fb[0], fb[1]);
+        mma_m16n8k16<T>(acc[j + 1], fa, fb[2], fb[3]);
+      }
+      if constexpr (SUM) mma_m16n8k16<T>(sum, fa, kOnes, kOnes);
+    }
+  } else {
+    const int g = lane / 4, t = lane % 4 * 2;
+    for (int k = 0; k < depth; k += 4) {
+      float upper[4], lower[4];
+      load_four<TRANS_A>(upper, a, row_a, g, k);
+      load_four<TRANS_A>(lower, a, row_a, g + 8, k);
+#pragma unroll
+      for (int j = 0; j < NI; j++) {
+        if (j >= live) break;
+        float left[4], right[4];
+        load_four<TRANS_B>(left, b, row_b, j * 8 + t, k);
+        load_four<TRANS_B>(right, b, row_b, j * 8 + t + 1, k);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          acc[j][0] += upper[i] * left[i];
+          acc[j][1] += upper[i] * right[i];
+          acc[j][2] += lower[i] * left[i];
+          acc[j][3] += lower[i] * right[i];
+        }
+      }
+      if constexpr (SUM)
+        for (int i = 0; i < 4; i++) {
+          sum[0] += upper[i];
+          sum[2] += lower[i];
+        }
+    }
+  }
+}
+
+// Steps 0 .. steps-1 over a ring of stages: load(step, stage) starts copies, own(step, stage) sees what this thread copied,
+// use(step, stage) what all did.  Ends with every stage free again.
+template <int STAGES, class Load, class Own, class Use>
+__device__ __forceinline__ void pipeline(int64_t steps, Load load, Own own, Use use) {
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (s < steps) load(int64_t{s}, s);
+    cp_async_commit();
+  }
+  int stage = 0;
+  for (int64_t step = 0; step < steps; step++) {
+    cp_async_wait<STAGES - 2>();
+    own(step, stage);
+    __syncthreads();
+    // The stage filled now was used in the step before; the barrier has just shown that all threads left it.
+    if (step + STAGES - 1 < steps) load(step + STAGES - 1, (stage + STAGES - 1) % STAGES);
+    cp_async_commit();
+    use(step, stage);
+    stage = (stage + 1) % STAGES;
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+}
+
+}  // namespace fastadapt
