@@ -28,14 +28,16 @@ def activation(z, CODE: tl.constexpr):
         cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         value = z * cdf
         slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
-    elif CODE == 2:  # gelu_tanh
+    elif CODE == 2:  # gelu_tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 * u), without the cancellation
         q = z * z
-        t = tanh(0.7978845608028654 * z * (1.0 + 0.044715 * q))
-        value = 0.5 * z * (1.0 + t)
-        slope = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * (0.7978845608028654 * (1.0 + 0.134145 * q))
+        e = tl.exp(-1.5957691216057308 * z * (1.0 + 0.044715 * q))
+        value = z / (1.0 + e)
+        s = 1.0 / (1.0 + e)
+        slope = s + z * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * q))
     elif CODE == 3:  # silu
-        s = 1.0 / (1.0 + tl.exp(-z))
-        value = z * s
+        e = tl.exp(-z)
+        value = z / (1.0 + e)
+        s = 1.0 / (1.0 + e)
         slope = s * (1.0 + z * (1.0 - s))
     elif CODE == 4:  # tanh
         value = tanh(z)
