@@ -22,6 +22,7 @@ struct Bottleneck {
   __device__ __forceinline__ bool scale_varies() const { return scale.data && scale.stride; }
 };
 
+constexpr int kIdentity = 5;
 // The codes of fastadapt.ops.bottleneck.ACTIVATIONS.  NaN stays NaN: a comparison with it is false.
 __device__ __forceinline__ float activate(int activation, float z) {
   switch (activation) {

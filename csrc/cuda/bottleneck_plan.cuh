@@ -179,6 +179,7 @@ const char* bottleneck_forward(const Arguments& a, void* y, const Device& device
   if (const char* error = describe<T>(p, rows, a, device)) return error;
   p.out = y;
   const dim3 grid(static_cast<unsigned>(tile_count(p, rows)));
+  if (grid.x == 0) return nullptr;
   if (rows == 64) launch(bottleneck_fwd_kernel<T, 64>, grid, kThreads, Block<T, 64>::bytes(p.r), device.stream, p);
   else launch(bottleneck_fwd_kernel<T, 16>, grid, kThreads, Block<T, 16>::bytes(p.r), device.stream, p);
   return nullptr;

@@ -105,11 +105,11 @@ __device__ __forceinline__ void load_four(float (&v)[4], const float* tile, int 
 }
 
 // acc += a @ b over `depth`, for 16 rows and NI * 8 columns of one warp, of which the first `live` blocks of 8 are wanted.
-// a is stored (m, k), or (k, m) if TRANS_A; b is stored (n, k), or (k, n) if TRANS_B.  With SUM, every column of `sum` is
-// the sum of a over the depth.  Lane 4*g + t holds rows g and g + 8, columns 2*t and 2*t + 1 of each block.
+// a is stored (m, k), or (k, m) if TRANS_A; b is stored (n, k), or (k, n) if TRANS_B.  With SUM and `sums`, a further product
+// with ones adds the sum of a over the depth to every column of `sum`.  Lane 4*g + t holds rows g and g + 8, columns 2*t and 2*t + 1 of each block.
 template <int NI, bool TRANS_A, bool TRANS_B, bool SUM, class T>
 __device__ __forceinline__ void multiply(
-    float (&acc)[NI][4], float (&sum)[4], const T* a, int row_a, const T* b, int row_b, int depth, int live) {
+    float (&acc)[NI][4], float (&sum)[4], const T* a, int row_a, const T* b, int row_b, int depth, int live, bool sums = true) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
@@ -126,10 +126,12 @@ __device__ __forceinline__ void multiply(
         mma_m16n8k16<T>(acc[j], fa, fb[0], fb[1]);
         mma_m16n8k16<T>(acc[j + 1], fa, fb[2], fb[3]);
       }
-      if constexpr (SUM) mma_m16n8k16<T>(sum, fa, kOnes, kOnes);
+      if constexpr (SUM)
+        if (sums) mma_m16n8k16<T>(sum, fa, kOnes, kOnes);
     }
   } else {
     const int g = lane / 4, t = lane % 4 * 2;
+    float upper_sum = 0.f, lower_sum = 0.f;  // a sum of sums: the error of one long float32 sum would show
     for (int k = 0; k < depth; k += 4) {
       float upper[4], lower[4];
       load_four<TRANS_A>(upper, a, row_a, g, k);
@@ -150,9 +152,13 @@ __device__ __forceinline__ void multiply(
       }
       if constexpr (SUM)
         for (int i = 0; i < 4; i++) {
-          sum[0] += upper[i];
-          sum[2] += lower[i];
+          upper_sum += upper[i];
+          lower_sum += lower[i];
         }
+    }
+    if constexpr (SUM) {
+      sum[0] += upper_sum;
+      sum[2] += lower_sum;
     }
   }
 }

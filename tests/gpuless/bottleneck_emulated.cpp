@@ -1,7 +1,7 @@
 // The kernels of csrc/cuda/bottleneck*.cuh and their plan, compiled for the CPU, behind a C interface for ctypes.
 // A call returns nullptr or an error message; `schedule` is the order in which the emulator runs the threads.
 #define FA_EMULATE
-#include "bottleneck_plan.cuh"
+#include "bottleneck_plan_backward.cuh"
 
 #include <memory>
 
@@ -36,6 +36,16 @@ extern "C" const char* emulated_bottleneck_fwd(const Arguments* a, void* y, int 
       case Kind::float32: return bottleneck_forward<float>(*a, y, device);
       case Kind::float16: return bottleneck_forward<f16>(*a, y, device);
       default: return bottleneck_forward<bf16>(*a, y, device);
+    }
+  });
+}
+
+extern "C" const char* emulated_bottleneck_bwd(const Arguments* a, const Outputs* o, int multiprocessors, int shared_limit, uint64_t schedule) {
+  return guarded(multiprocessors, shared_limit, schedule, [&](const Device& device) {
+    switch (a->x.kind) {
+      case Kind::float32: return bottleneck_backward<float>(*a, *o, device);
+      case Kind::float16: return bottleneck_backward<f16>(*a, *o, device);
+      default: return bottleneck_backward<bf16>(*a, *o, device);
     }
   });
 }

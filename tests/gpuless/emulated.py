@@ -35,6 +35,14 @@ class Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Outputs(ctypes.Structure):
+    TENSORS = (
+        "x", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
+        "hidden_skip_weight",
+    )  # fmt: skip
+    _fields_ = [(name, Array) for name in TENSORS]
+
+
 class Emulated:
     """``multiprocessors`` and ``shared_limit`` describe the device whose plan runs; few multiprocessors mean large tiles."""
 
@@ -65,3 +73,12 @@ class Emulated:
         arguments = self._arguments(tensors, scale, activation, add_x, norm_eps)
         self._call("emulated_bottleneck_fwd", ctypes.byref(arguments), ctypes.c_void_p(y.data_ptr()), **device)
         return y
+
+    def backward(self, grad_y, x, wanted, *, add_x=True, scale=1.0, activation=0, norm_eps=1e-5, device, **tensors):
+        """The gradients named in ``wanted``, by name; the others aren't touched."""
+        arguments = self._arguments(dict(tensors, x=x, other=grad_y), scale, activation, add_x, norm_eps)
+        inputs = dict(tensors, x=x, scale=scale)
+        grads = {name: torch.full(inputs[name].shape, float("nan"), dtype=inputs[name].dtype) for name in wanted}
+        outputs = Outputs(*(Array.of(grads.get(name)) for name in Outputs.TENSORS))
+        self._call("emulated_bottleneck_bwd", ctypes.byref(arguments), ctypes.byref(outputs), **device)
+        return grads
