@@ -7,10 +7,7 @@
 //   accumulate   c[r, n] += at[r, m] * x[m, n]  at: small transposed bfloat16 matrix, c: float32, owned by the thread
 // A call is legal between the construction and the destruction of a Session on the same thread.  Any m, k, n, r: padding
 // exists only in the packed weights and the scratch, and nothing is read or written outside of the rows of x and y.
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
+#include "types.h"
 
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
@@ -25,16 +22,15 @@
 
 namespace fastadapt::amx {
 
-using bf16 = uint16_t;  // the bits of a bfloat16
+using bf16 = BFloat16;
 
 // Sizes of the padded buffers that the caller owns; align them to 64 bytes.
-constexpr int64_t up_to(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 // Elements of a packed weight with k inner and n outer entries.
-constexpr int64_t packed_size(int64_t n, int64_t k) { return up_to(n, 32) * up_to(k, 32); }
+constexpr int64_t packed_size(int64_t n, int64_t k) { return round_up(n, 32) * round_up(k, 32); }
 // Elements of the scratch of a thread whose blocks have at most m rows and whose down products at most k inner entries.
-constexpr int64_t scratch_size(int64_t m, int64_t k) { return 2048 + 1024 + up_to(m, 32) * 32 + 32 * up_to(k, 32); }
+constexpr int64_t scratch_size(int64_t m, int64_t k) { return 2048 + 1024 + round_up(m, 32) * 32 + 32 * round_up(k, 32); }
 // Row length of the accumulators; the odd number of cache lines keeps the 16 rows of a tile out of one cache set.
-constexpr int64_t accumulator_stride(int64_t n) { return up_to(n, 32) + 16; }
+constexpr int64_t accumulator_stride(int64_t n) { return round_up(n, 32) + 16; }
 
 #if FASTADAPT_AMX
 
@@ -61,7 +57,8 @@ class Session {
  public:
   // scratch: scratch_size(m, k) elements, 64-byte aligned, used by this thread alone.
   Session(bf16* scratch, int64_t m)
-      : product(reinterpret_cast<float*>(scratch)), tail(scratch + 2048), pairs(tail + 1024), copy(pairs + up_to(m, 32) * 32) {
+      : product(reinterpret_cast<float*>(scratch)), tail(scratch + 2048), pairs(tail + 1024),
+        copy(pairs + round_up(m, 32) * 32) {
     alignas(64) uint8_t config[64] = {1};  // palette 1
     for (int tile = 0; tile < 8; tile++) {
       config[16 + 2 * tile] = 64;  // bytes a row, 16 bits wide
@@ -163,7 +160,7 @@ inline __attribute__((always_inline)) void load_all(const float* c, int64_t stri
 
 template <int MT, int NT>
 void down_tile(const Strip* a, int64_t k, const bf16* b, float* z, int64_t ldz) {
-  const int64_t full = k / 32, panel = up_to(k, 32) * 16;
+  const int64_t full = k / 32, panel = round_up(k, 32) * 16;
   const char *a0 = a[0].p, *a1 = a[MT - 1].p;
   clear<MT, NT>();
   for (int64_t t = 0; t < full; t++)
@@ -178,15 +175,15 @@ inline Strip strip(const bf16* const* x, int64_t count, int64_t k, bf16* copy, b
   bool direct = count == 16;
   for (int64_t i = 1; i < count && direct; i++) direct = x[i] - x[i - 1] == step;
   for (int64_t i = 0; i < 16 && full < k; i++) {
-    std::memset(tail + 32 * i, 0, 64);
-    if (i < count) std::memcpy(tail + 32 * i, x[i] + full, 2 * (k - full));
+    memset(tail + 32 * i, 0, 64);
+    if (i < count) memcpy(tail + 32 * i, x[i] + full, 2 * (k - full));
   }
   if (direct) return {reinterpret_cast<const char*>(x[0]), step * 2, reinterpret_cast<const char*>(tail)};
   for (int64_t i = 0; i < 16; i++)
     if (i < count)
-      std::memcpy(copy + i * full, x[i], 2 * full);
+      memcpy(copy + i * full, x[i], 2 * full);
     else
-      std::memset(copy + i * full, 0, 2 * full);
+      memset(copy + i * full, 0, 2 * full);
   return {reinterpret_cast<const char*>(copy), full * 2, reinterpret_cast<const char*>(tail)};
 }
 
@@ -199,54 +196,60 @@ void accumulate_tile(const bf16* at, int64_t m32, const bf16* pairs, float* c, i
   store_all<MT, 2>(c, 4 * ldc);
 }
 
-FASTADAPT_AVX512 inline __m512 widen(__m256i v) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+inline uint32_t mask_of(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
+
+FASTADAPT_AVX512 inline __m512 widen(__mmask16 mask, const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
 }
-FASTADAPT_AVX512 inline __m512 low(__m512i v) { return widen(_mm512_castsi512_si256(v)); }
-FASTADAPT_AVX512 inline __m512 high(__m512i v) { return widen(_mm512_extracti64x4_epi64(v, 1)); }
 // Rounds to nearest even.
 FASTADAPT_AVX512 inline __m512i narrow(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 
-// Two neighbouring vectors of one row of y: the whole formula of Epilogue on 32 columns.
+// The column terms of an epilogue for 32 columns; `mask` has a bit for each that exists.
 struct Columns {
+  uint32_t mask;
   __m512 mul[2], add[2], skip[2];
 };
-FASTADAPT_AVX512 inline void finish_row(const Epilogue& e, const Columns& col, const float* p, int64_t i, int64_t c,
-                                        __mmask32 mask, bf16* y) {
+
+FASTADAPT_AVX512 inline Columns columns(const Epilogue& e, int64_t c, int64_t n) {
+  Columns col;
+  col.mask = mask_of(n - c);
+  for (int h = 0; h < 2; h++) {
+    const __mmask16 half = static_cast<__mmask16>(col.mask >> 16 * h);
+    const int64_t at = c + 16 * h;
+    col.mul[h] = e.col_mul ? _mm512_maskz_loadu_ps(half, e.col_mul + at) : _mm512_set1_ps(1.0f);
+    col.add[h] = e.col_add ? _mm512_maskz_loadu_ps(half, e.col_add + at) : _mm512_setzero_ps();
+    col.skip[h] = e.col_skip ? _mm512_maskz_loadu_ps(half, e.col_skip + at) : _mm512_setzero_ps();
+  }
+  return col;
+}
+
+// The whole formula of Epilogue on 32 columns, from c on, of row i; p is their part of the product.
+FASTADAPT_AVX512 inline void finish_row(const Epilogue& e, const Columns& col, const float* p, int64_t i, int64_t c, bf16* y) {
   __m512 v[2] = {_mm512_load_ps(p), _mm512_load_ps(p + 16)};
-  if (e.row_mul) {
-    const __m512 mul = _mm512_set1_ps(e.row_mul[i]), add = _mm512_set1_ps(e.row_add[i]), skip = _mm512_set1_ps(e.row_skip[i]);
-    const __m512i x = _mm512_maskz_loadu_epi16(mask, e.normed[i] + c);
-    v[0] = _mm512_fmadd_ps(_mm512_mul_ps(v[0], mul), col.mul[0], _mm512_fmadd_ps(skip, low(x), add));
-    v[1] = _mm512_fmadd_ps(_mm512_mul_ps(v[1], mul), col.mul[1], _mm512_fmadd_ps(skip, high(x), add));
-    v[0] = _mm512_add_ps(v[0], col.add[0]);
-    v[1] = _mm512_add_ps(v[1], col.add[1]);
-  } else {
-    v[0] = _mm512_fmadd_ps(v[0], col.mul[0], col.add[0]);
-    v[1] = _mm512_fmadd_ps(v[1], col.mul[1], col.add[1]);
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const __mmask16 half = static_cast<__mmask16>(col.mask >> 16 * h);
+    const int64_t at = c + 16 * h;
+    if (e.row_mul) {
+      const __m512 start = _mm512_fmadd_ps(_mm512_set1_ps(e.row_skip[i]), widen(half, e.normed[i] + at),
+                                           _mm512_add_ps(col.add[h], _mm512_set1_ps(e.row_add[i])));
+      v[h] = _mm512_fmadd_ps(_mm512_mul_ps(v[h], _mm512_set1_ps(e.row_mul[i])), col.mul[h], start);
+    } else {
+      v[h] = _mm512_fmadd_ps(v[h], col.mul[h], col.add[h]);
+    }
+    if (e.skip) v[h] = _mm512_fmadd_ps(col.skip[h], widen(half, e.skip[i] + at), v[h]);
+    if (e.residual) v[h] = _mm512_add_ps(v[h], widen(half, e.residual[i] + at));
   }
-  if (e.skip) {
-    const __m512i x = _mm512_maskz_loadu_epi16(mask, e.skip[i] + c);
-    v[0] = _mm512_fmadd_ps(col.skip[0], low(x), v[0]);
-    v[1] = _mm512_fmadd_ps(col.skip[1], high(x), v[1]);
-  }
-  if (e.residual) {
-    const __m512i x = _mm512_maskz_loadu_epi16(mask, e.residual[i] + c);
-    v[0] = _mm512_add_ps(v[0], low(x));
-    v[1] = _mm512_add_ps(v[1], high(x));
-  }
-  _mm512_mask_storeu_epi16(y, mask, narrow(v[0], v[1]));
+  _mm512_mask_storeu_epi16(y + c, col.mask, narrow(v[0], v[1]));
 }
 
 template <int MT>
-FASTADAPT_AVX512 void up_tile(const bf16* a, int64_t lda, int64_t rows, int64_t first, const bf16* b, int64_t steps, int64_t c,
-                              __mmask32 mask, const Columns& col, const Epilogue& e, bf16* const* y, float* product) {
-  const char *a0 = reinterpret_cast<const char*>(a + first * lda), *a1 = a0 + 32 * lda;
+void up_tile(const bf16* a, int64_t lda, const bf16* b, int64_t steps, float* product) {
+  const char *a0 = reinterpret_cast<const char*>(a), *a1 = a0 + 32 * lda;
   clear<MT, 2>();
   for (int64_t t = 0; t < steps; t++)
     step<MT, 2>(a0 + 64 * t, 2 * lda, a1 + 64 * t, 2 * lda, b + 512 * t, b + 512 * (steps + t));
   store_all<MT, 2>(product, 128);
-  for (int64_t i = 0; i < rows; i++) finish_row(e, col, product + 32 * i, first + i, c, mask, y[first + i] + c);
 }
 
 // The transpose of a 16 by 16 matrix of 32-bit words.
@@ -278,8 +281,6 @@ FASTADAPT_AVX512 inline void transpose(__m512i (&v)[16]) {
   }
 }
 
-inline uint32_t mask_of(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-
 // 32 neighbours as bfloat16.
 FASTADAPT_AVX512 inline __m512i row32(const bf16* p, uint32_t mask) { return _mm512_maskz_loadu_epi16(mask, p); }
 FASTADAPT_AVX512 inline __m512i row32(const float* p, uint32_t mask) {
@@ -298,9 +299,9 @@ FASTADAPT_AVX512 inline void interleave(__m512i a, __m512i b, __m512i* first, __
 
 inline float value(float v) { return v; }
 inline float value(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float f;
-  std::memcpy(&f, &bits, 4);
+  memcpy(&f, &bits, 4);
   return f;
 }
 
@@ -311,8 +312,8 @@ FASTADAPT_AVX512 void pack_step(bf16* out, const W* src, int64_t stride_n, int64
   if (stride_n == 1 && !scale_k) {
     const uint32_t mask = mask_of(width);
     for (int64_t i = 0; i < 32; i += 2) {
-      const __m512i a = row32(src + std::min(i, height - 1) * stride_k, i < height ? mask : 0);
-      const __m512i b = row32(src + std::min(i + 1, height - 1) * stride_k, i + 1 < height ? mask : 0);
+      const __m512i a = row32(src + least(i, height - 1) * stride_k, i < height ? mask : 0);
+      const __m512i b = row32(src + least(i + 1, height - 1) * stride_k, i + 1 < height ? mask : 0);
       __m512i first, second;
       interleave(a, b, &first, &second);
       _mm512_store_si512(out + 16 * i, first);
@@ -323,7 +324,7 @@ FASTADAPT_AVX512 void pack_step(bf16* out, const W* src, int64_t stride_n, int64
   if (stride_k == 1 && !scale_k) {
     const uint32_t mask = mask_of(height);
 #pragma GCC unroll 16
-    for (int64_t c = 0; c < 16; c++) v[c] = row32(src + std::min(c, width - 1) * stride_n, c < width ? mask : 0);
+    for (int64_t c = 0; c < 16; c++) v[c] = row32(src + least(c, width - 1) * stride_n, c < width ? mask : 0);
   } else {
     alignas(64) float copy[16 * 32] = {};
     for (int64_t i = 0; i < height; i++)
@@ -340,60 +341,61 @@ FASTADAPT_AVX512 void pack_step(bf16* out, const W* src, int64_t stride_n, int64
 }  // namespace detail
 
 // Packs columns [16 * panel, 16 * panel + 16) of a right operand B[k, n], k > 0; entry (i, c) of B is
-// src[i * stride_k + c * stride_n], times scale_k[i] if given.  A packed weight is up_to(n, 32) / 16 panels, one after the
+// src[i * stride_k + c * stride_n], times scale_k[i] if given.  A packed weight is round_up(n, 32) / 16 panels, one after the
 // other, of which down needs only the first (n + 15) / 16.  W is float or bf16.
 template <class W>
 FASTADAPT_AVX512 void pack(bf16* packed, const W* src, int64_t stride_n, int64_t stride_k, const float* scale_k, int64_t n,
                            int64_t k, int64_t panel) {
-  const int64_t steps = up_to(k, 32) / 32, c = 16 * panel;
+  const int64_t steps = round_up(k, 32) / 32, c = 16 * panel;
   bf16* out = packed + panel * steps * 512;
   if (c >= n) {
-    std::memset(out, 0, steps * 1024);
+    memset(out, 0, steps * 1024);
     return;
   }
   for (int64_t i = 0; i < k; i += 32, out += 512)
     detail::pack_step(out, src + i * stride_k + c * stride_n, stride_n, stride_k, scale_k ? scale_k + i : nullptr,
-                      std::min<int64_t>(16, n - c), std::min<int64_t>(32, k - i));
+                      least(16, n - c), least(32, k - i));
 }
 
-// The left operand of up: out[i][c] = h[i][c] for i < m, c < r; zero to up_to(m, 16) rows of up_to(r, 32).
+// The left operand of up: out[i][c] = h[i][c] for i < m, c < r; zero to round_up(m, 16) rows of round_up(r, 32).
 FASTADAPT_AVX512 inline void round_rows(const float* h, int64_t ldh, int64_t m, int64_t r, bf16* out) {
-  const int64_t lda = up_to(r, 32), rows = up_to(m, 16);
+  const int64_t lda = round_up(r, 32), rows = round_up(m, 16);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t c = 0; c < lda; c += 32)
       _mm512_store_si512(out + i * lda + c,
-                         detail::row32(h + std::min(i, m - 1) * ldh + c, i < m ? detail::mask_of(r - c) : 0));
+                         detail::row32(h + least(i, m - 1) * ldh + c, i < m ? detail::mask_of(r - c) : 0));
 }
 
-// The left operand of accumulate: out[c][i] = h[i][c] for i < m, c < r; zero to up_to(r + ones, 16) rows of up_to(m, 32).
+// The left operand of accumulate: out[c][i] = h[i][c] for i < m, c < r; zero to round_up(r + ones, 16) rows of round_up(m, 32).
 // `ones` adds a row of ones below, with which the product holds the sums of the columns of its right operand.
 FASTADAPT_AVX512 inline void transpose_round(const float* h, int64_t ldh, int64_t m, int64_t r, bool ones, bf16* out) {
-  const int64_t lda = up_to(m, 32), rows = up_to(r + ones, 16);
+  const int64_t lda = round_up(m, 32), rows = round_up(r + ones, 16);
   for (int64_t c = 0; c < rows; c += 16)
     for (int64_t i = 0; i < lda; i += 16) {
-      const __mmask16 mask = static_cast<__mmask16>(detail::mask_of(std::min<int64_t>(16, r - c)));
+      const __mmask16 mask = static_cast<__mmask16>(detail::mask_of(least(16, r - c)));
       __m512i v[16];
 #pragma GCC unroll 16
       for (int64_t j = 0; j < 16; j++)
-        v[j] = _mm512_maskz_loadu_epi32(i + j < m ? mask : 0, h + std::min(i + j, m - 1) * ldh + c);
+        v[j] = _mm512_maskz_loadu_epi32(i + j < m ? mask : 0, h + least(i + j, m - 1) * ldh + c);
       detail::transpose(v);
 #pragma GCC unroll 16
       for (int64_t j = 0; j < 16; j++)
         _mm256_store_si256(reinterpret_cast<__m256i*>(out + (c + j) * lda + i),
                            (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(v[j])));
     }
-  if (ones) std::fill(out + r * lda, out + r * lda + m, bf16{0x3f80});
+  if (ones)
+    for (int64_t i = 0; i < m; i++) out[r * lda + i] = {0x3f80};
 }
 
-// z[m, n] = x * B; z has up_to(m, 16) rows of ldz >= up_to(n, 16) floats, of which the surplus is overwritten.
+// z[m, n] = x * B; z has round_up(m, 16) rows of ldz >= round_up(n, 16) floats, of which the surplus is overwritten.
 inline void down(const Session& session, const bf16* const* x, int64_t m, int64_t k, const bf16* packed, int64_t n, float* z,
                  int64_t ldz) {
-  const int64_t k32 = up_to(k, 32), panels = up_to(n, 16) / 16;
+  const int64_t k32 = round_up(k, 32), panels = round_up(n, 16) / 16;
   for (int64_t i = 0; i < m; i += 32) {
     const bool two = m - i > 16;
     detail::Strip strips[2];
     for (int64_t s = 0; s <= two; s++)
-      strips[s] = detail::strip(x + i + 16 * s, std::min<int64_t>(16, m - i - 16 * s), k, session.copy + 16 * k32 * s,
+      strips[s] = detail::strip(x + i + 16 * s, least(16, m - i - 16 * s), k, session.copy + 16 * k32 * s,
                                 session.tail + 512 * s);
     for (int64_t j = 0; j < panels; j += 2) {
       const bf16* b = packed + j * k32 * 16;
@@ -409,33 +411,26 @@ inline void down(const Session& session, const bf16* const* x, int64_t m, int64_
 // y[m, n] = epilogue(a * B); a as round_rows leaves it for k columns.
 FASTADAPT_AVX512 inline void up(const Session& session, const bf16* a, int64_t m, int64_t k, const bf16* packed, int64_t n,
                                 const Epilogue& e, bf16* const* y) {
-  const int64_t lda = up_to(k, 32);
+  const int64_t lda = round_up(k, 32);
   for (int64_t c = 0; c < n; c += 32) {
-    const uint32_t mask = detail::mask_of(n - c);
-    detail::Columns col;
-    for (int h = 0; h < 2; h++) {
-      const __mmask16 half = static_cast<__mmask16>(mask >> 16 * h);
-      const int64_t at = c + 16 * h;
-      col.mul[h] = e.col_mul ? _mm512_maskz_loadu_ps(half, e.col_mul + at) : _mm512_set1_ps(1.0f);
-      col.add[h] = e.col_add ? _mm512_maskz_loadu_ps(half, e.col_add + at) : _mm512_setzero_ps();
-      col.skip[h] = e.col_skip ? _mm512_maskz_loadu_ps(half, e.col_skip + at) : _mm512_setzero_ps();
+    const detail::Columns col = detail::columns(e, c, n);
+    for (int64_t i = 0; i < m; i += 32) {
+      (m - i > 16 ? detail::up_tile<2> : detail::up_tile<1>)(a + i * lda, lda, packed + c * lda, lda / 32, session.product);
+      for (int64_t j = i; j < least(m, i + 32); j++) detail::finish_row(e, col, session.product + 32 * (j - i), j, c, y[j]);
     }
-    for (int64_t i = 0; i < m; i += 32)
-      (m - i > 16 ? detail::up_tile<2> : detail::up_tile<1>)(a, lda, std::min<int64_t>(32, m - i), i, packed + c * lda,
-                                                             lda / 32, c, mask, col, e, y, session.product);
   }
 }
 
-// c[r, n] += at * x; at as transpose_round leaves it for m rows, c has up_to(r, 16) rows of accumulator_stride(n).
+// c[r, n] += at * x; at as transpose_round leaves it for m rows, c has round_up(r, 16) rows of accumulator_stride(n).
 FASTADAPT_AVX512 inline void accumulate(const Session& session, const bf16* at, int64_t r, const bf16* const* x, int64_t m,
                                         int64_t n, float* c) {
-  const int64_t m32 = up_to(m, 32), ldc = accumulator_stride(n), r16 = up_to(r, 16);
+  const int64_t m32 = round_up(m, 32), ldc = accumulator_stride(n), r16 = round_up(r, 16);
   for (int64_t j = 0; j < n; j += 32) {
     const uint32_t mask = detail::mask_of(n - j);
     for (int64_t i = 0; i < m32; i += 2) {
       __m512i first, second;
-      detail::interleave(detail::row32(x[std::min(i, m - 1)] + j, i < m ? mask : 0),
-                         detail::row32(x[std::min(i + 1, m - 1)] + j, i + 1 < m ? mask : 0), &first, &second);
+      detail::interleave(detail::row32(x[least(i, m - 1)] + j, i < m ? mask : 0),
+                         detail::row32(x[least(i + 1, m - 1)] + j, i + 1 < m ? mask : 0), &first, &second);
       bf16* out = session.pairs + i / 32 * 1024 + i % 32 * 16;
       _mm512_store_si512(out, first);
       _mm512_store_si512(out + 512, second);
