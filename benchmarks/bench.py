@@ -9,7 +9,7 @@ from .floor import Rates
 from .machine import machine, software
 from .memory import peak_extra
 from .report import summarize
-from .timing import interleave, make_timer
+from .timing import TIMERS, interleave
 
 DIRECTIONS = {"forward": False, "forward+backward": True}
 
@@ -17,10 +17,10 @@ DIRECTIONS = {"forward": False, "forward+backward": True}
 class Bench:
     """One op, one dtype: measures case by case and collects rows and notes."""
 
-    def __init__(self, op: str, spec, dtype: torch.dtype, device: torch.device, compile_modes=(), timer=None, seconds=1.0):
+    def __init__(self, op: str, spec, dtype: torch.dtype, device: torch.device, timer: str, seconds: float, compile_modes):
         self.op, self.spec, self.dtype, self.device = op, spec, dtype, device
         self.compile_modes, self.seconds = compile_modes, seconds
-        self.timer = make_timer(timer, device)
+        self.timer = TIMERS[timer](device)
         self.rates = Rates(dtype, device, self.timer)
         self.rows, self.notes = [], []
 

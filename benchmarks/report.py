@@ -34,7 +34,7 @@ def _columns(rows: list[dict]) -> tuple[list[str], list[str]]:
     return [n for n in names if n not in OURS], [n for n in names if n in OURS]
 
 
-def _print(table: list[list[str]]) -> None:
+def print_rows(table: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table)]
     for line in table:
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))))
@@ -60,7 +60,7 @@ def print_table(rows: list[dict]) -> None:
             peak = row["peak_bytes"].get(name)
             line += [f"{100 * row['floor_us'] / times[name]['us']:.0f}", "-" if peak is None else f"{peak / 2**20:.1f}"]
         table.append([*line, f"{row['floor_us']:.1f}", row["bound"]])
-    _print(table)
+    print_rows(table)
 
 
 def summarize(rows: list[dict]) -> dict:

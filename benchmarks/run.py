@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import itertools
 import pkgutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests import specs
 from .bench import DIRECTIONS, Bench
 from .machine import cores, machine, machine_name, software
 from .report import plot, print_summary, print_table, write_json
+from .timing import TIMERS
 
 ROOT = Path(__file__).parent.parent
 SPECS = {m.name: importlib.import_module(f"{specs.__name__}.{m.name}").SPEC for m in pkgutil.iter_modules(specs.__path__)}
@@ -35,7 +37,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--compile", nargs="+", default=["default"], choices=["default", "max-autotune", "none"], help="modes of torch.compile"
     )
     parser.add_argument("--threads", type=int, default=cores(), help="threads on the CPU (all cores)")
-    parser.add_argument("--timer", choices=["wall", "launch", "graph"], help="on CUDA a graph's replay or plain launches")
+    parser.add_argument(
+        "--timer", nargs="+", choices=TIMERS, help="on CUDA: a graph's replay (default), plain launches, or both"
+    )
     parser.add_argument("--seconds", type=float, help="time for a row (1, or 0.3 with --quick)")
     parser.add_argument("--out", type=Path, help="JSON file; a run of all cases goes to benchmarks/results/ if none is given")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speed-ups")
@@ -47,6 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"op must be one of {', '.join(SPECS)}, got {', '.join(unknown)}")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib, which isn't installed")
+    args.timer = args.timer or ["graph" if args.device.type == "cuda" else "wall"]
+    if wrong := [name for name in args.timer if (name == "wall") != (args.device.type == "cpu")]:
+        parser.error(f"--timer {wrong[0]} can't measure on {args.device.type}")
     args.ops = args.ops or list(SPECS)
     args.seconds = args.seconds or (0.3 if args.quick else 1.0)
     args.compile = [mode for mode in args.compile if mode != "none"]
@@ -55,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def select(spec, args: argparse.Namespace) -> list:
     """The cases to measure: all, those that ``--shapes`` names, or a few with ``--quick``."""
-    cases = list(spec.bench)
+    cases = list(getattr(spec, f"bench_{args.device.type}", spec.bench))
     if args.shapes:
         parts = lambda case: {*case.name.split("-"), case.name}  # noqa: E731
         cases = [case for case in cases if any(set(text.split(",")) <= parts(case) for text in args.shapes)]
@@ -92,10 +99,9 @@ def _counted(tasks: list, label: str) -> Iterator:
         yield task
 
 
-def run_op(op: str, dtype: torch.dtype, args: argparse.Namespace, checked: bool) -> dict:
+def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, checked: bool) -> dict:
     """Measure one op in one dtype and print its tables; an interrupt keeps what is measured."""
-    options = {"compile_modes": args.compile, "timer": args.timer, "seconds": args.seconds}
-    bench, complete = Bench(op, SPECS[op], dtype, args.device, **options), True
+    bench, complete = Bench(op, SPECS[op], dtype, args.device, timer, args.seconds, args.compile), True
     directions = [args.direction] if args.direction else list(DIRECTIONS)
     tasks = [(case, direction) for case in select(bench.spec, args) for direction in directions]
     try:
@@ -105,10 +111,10 @@ def run_op(op: str, dtype: torch.dtype, args: argparse.Namespace, checked: bool)
         print(f"interrupted after {len(bench.rows)} of {len(tasks)} rows", file=sys.stderr)
         complete = False
     section = bench.section(checked, complete)
-    timer = bench.timer.name + ("" if args.device.type == "cuda" else f", {section['threads']} threads")
+    how = timer + ("" if args.device.type == "cuda" else f", {section['threads']} threads")
     for direction, summary in section["summary"].items():
         rows = [row for row in bench.rows if row["direction"] == direction]
-        print(f"\n{op}, {section['dtype']}, {direction} ({timer}); medians in µs, ratios above 1 are speed-ups")
+        print(f"\n{op}, {section['dtype']}, {direction} ({how}); medians in µs, ratios above 1 are speed-ups")
         print_table(rows)
         print_summary(summary)
     for note in bench.notes:
@@ -123,7 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.overhead or args.micro:
         from . import micro, overhead
 
-        return max((overhead.main(args.ops, args.device) if args.overhead else 0), (micro.main() if args.micro else 0))
+        return max(
+            overhead.main(args.ops, SPECS, args.device, args.seconds) if args.overhead else 0,
+            micro.main(args.seconds) if args.micro else 0,
+        )
     sections, red = {}, []
     for op in args.ops:
         if args.no_check:
@@ -132,10 +141,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{op}: its tests are red or none could run, so there is nothing to report", file=sys.stderr)
             red.append(op)
             continue
-        for dtype in args.dtype:
-            section = run_op(op, getattr(torch, dtype), args, checked=not args.no_check)
+        for dtype, timer in itertools.product(args.dtype, args.timer):
+            section = run_op(op, getattr(torch, dtype), timer, args, checked=not args.no_check)
             if section["rows"]:
-                sections[f"{op} {dtype} {section['timer']}"] = section
+                sections[f"{op} {dtype} {timer}"] = section
+            if not section["complete"]:
+                break
     whole = not (args.shapes or args.quick or args.direction or args.no_check) and all(s["complete"] for s in sections.values())
     out = args.out or (ROOT / "benchmarks" / "results" / f"{machine_name(args.device)}.json" if whole else None)
     if out and sections:

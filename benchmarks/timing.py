@@ -93,13 +93,7 @@ class GraphTimer(LaunchTimer):
         return graph.replay
 
 
-def make_timer(name: str | None, device: torch.device) -> WallTimer:
-    """The timer asked for, or the device's own: ``wall`` on the CPU, ``graph`` on CUDA."""
-    if device.type == "cpu":
-        if name not in (None, "wall"):
-            raise ValueError(f"timer must be None or 'wall' on the CPU, got {name!r}")
-        return WallTimer()
-    return LaunchTimer(device) if name == "launch" else GraphTimer(device)
+TIMERS = {"wall": lambda device: WallTimer(), "launch": LaunchTimer, "graph": GraphTimer}
 
 
 def interleave(calls: dict[str, Call], timer: WallTimer, seconds: float) -> dict[str, Timing]:
