@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 3) bottleneck_bwd_weights_kernel(con
 
 // A thread a channel: sums of grad_y and of grad_y * x over a split of an adapter's rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads) bottleneck_bwd_sums_kernel(const __grid_constant__ Gradients w) {
+__global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_sums_kernel(const __grid_constant__ Gradients w) {
   const Bottleneck& p = w.q.p;
   const int64_t tiles = divide_up(p.d, kThreads), c = blockIdx.x % tiles * kThreads + threadIdx.x;
   const int64_t split = blockIdx.x / tiles % w.sum_splits;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) bottleneck_bwd_sums_kernel(const __g
 }
 
 // A block for 32 ranks of an adapter: adds the column sums of its tiles of rows; hidden_sums becomes (2, g, r).
-static __global__ void __launch_bounds__(kThreads) bottleneck_bwd_hidden_sums_kernel(const __grid_constant__ Backward q, int64_t tiles, float* out) {
+static __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_hidden_sums_kernel(const __grid_constant__ Backward q, int64_t tiles, float* out) {
   FA_DYNAMIC_SHARED(shared);
   float* partial = reinterpret_cast<float*>(shared);  // (warps, 32)
   const Bottleneck& p = q.p;
@@ -169,7 +169,7 @@ __device__ __forceinline__ float add_planes(const float* planes, int64_t splits,
 
 // A block for 32 channels of an adapter: grad_up and the channel's part of grad_scale.
 template <class T>
-__global__ void __launch_bounds__(kThreads) bottleneck_bwd_reduce_up_kernel(const __grid_constant__ Gradients w) {
+__global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_reduce_up_kernel(const __grid_constant__ Gradients w) {
   const Bottleneck& p = w.q.p;
   const int64_t chunks = divide_up(p.d, kReduceTile), plane = static_cast<int64_t>(p.groups.g) * p.d;
   const int adapter = static_cast<int>(blockIdx.x / chunks), lane = threadIdx.x % 32;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) bottleneck_bwd_reduce_up_kernel(cons
 // A block for 32 channels of an adapter: grad_down, transposed through shared memory, and the channel's part of the
 // gradients of the LayerNorm.
 template <class T>
-__global__ void __launch_bounds__(kThreads) bottleneck_bwd_reduce_down_kernel(const __grid_constant__ Gradients w) {
+__global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_reduce_down_kernel(const __grid_constant__ Gradients w) {
   FA_DYNAMIC_SHARED(shared);
   constexpr int kRow = kReduceTile + 1;
   float* tile = reinterpret_cast<float*>(shared);  // (32 ranks, 32 channels), later (warps, 2, 32)
@@ -251,7 +251,7 @@ struct VectorGradients {
 
 // A row of blocks for each gradient, a thread for each element; one block for a total.
 template <class T>
-__global__ void __launch_bounds__(kThreads) bottleneck_bwd_vectors_kernel(const __grid_constant__ VectorGradients v) {
+__global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_vectors_kernel(const __grid_constant__ VectorGradients v) {
   FA_DYNAMIC_SHARED(shared);
   const VectorGradient& job = v.of[blockIdx.y];
   const int64_t g = v.p.groups.g, i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;

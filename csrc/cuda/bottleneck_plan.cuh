@@ -150,8 +150,6 @@ const char* describe(Bottleneck& p, int& tile_rows, const Arguments& a, const De
   p.m = 1;
   for (int i = 0; i < a.x.dims - 1; i++) p.m *= a.x.size[i];
   const int64_t d = a.x.size[a.x.dims - 1], r = a.down_weight.size[a.down_weight.dims - 2];
-  if (r > kMaxRank) return "r must be at most 1024";
-  if (d > (int64_t{1} << 30)) return "d must be at most 2**30";
   p.d = static_cast<int>(d), p.r = static_cast<int>(r);
   if (!as_rows<T>(p.x, a.x) || !as_rows<T>(p.other, a.other)) return "more than 8 leading dims that can't be joined";
   p.down_bias = as_vector(a.down_bias), p.up_bias = as_vector(a.up_bias), p.scale = as_vector(a.scale);
