@@ -28,9 +28,9 @@ class Bench:
         if text not in self.notes:
             self.notes.append(text)
 
-    def ready(self, case, training: bool, arguments: dict) -> dict:
-        """Contestants that agree with eager, as calls for the timer; those that fail become notes."""
-        grad_y, calls, expected = None, {}, None
+    def ready(self, case, training: bool, arguments: dict) -> tuple[dict, dict]:
+        """Contestants that agree with eager, as calls for the timer, and the memory they take; failures become notes."""
+        grad_y, calls, memory, expected = None, {}, {}, None
         for name, contestant in enter(self.op, self.spec, arguments, self.device, self.compile_modes).items():
             ours = name == "eager" or name in backends(self.spec, arguments, self.device)
             try:
@@ -41,11 +41,13 @@ class Bench:
                 if wrong := disagreement(results, expected):
                     raise RuntimeError(wrong)
                 calls[name] = self.timer.prepare(contestant.call(grad_y))
+                if not training:
+                    memory[name] = peak_extra(contestant.forward, self.device)
             except Exception as error:
                 if ours:
                     raise RuntimeError(f"{self.op} {case.name} {name}: {error}") from error
                 self.note(f"{case.name}: {name} is left out: {str(error).splitlines()[0]}")
-        return calls
+        return calls, memory
 
     def measure(self, case, direction: str) -> None:
         training = DIRECTIONS[direction]
@@ -56,8 +58,7 @@ class Bench:
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 value.requires_grad_(training)
         with torch.set_grad_enabled(training):
-            calls = self.ready(case, training, arguments)
-            memory = {} if training else {n: peak_extra(c, self.device) for n, c in calls.items()}
+            calls, memory = self.ready(case, training, arguments)
             bytes_ = case.bytes(self.dtype.itemsize)
             timings = interleave({**calls, **self.rates.calls(bytes_, self.timer)}, self.timer, self.seconds)
         floor = self.rates.floor(case.flops, timings, training)

@@ -55,11 +55,11 @@ workers=()
 check=()
 stage battery 200 tests.log "$PYTHON" -m pytest tests/test_ops.py -q "${workers[@]}" || check=(--no-check)
 
-# Each allocation by itself, so that a read past its end is seen; only this package's kernels, whose names start alike.
+# Each allocation by itself, so that a read past its end is seen; of the kernels only those of this package's namespace.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 few="test_matches_reference and native and (m33-d65-r17 or bank-with-everything) and (float32 or bfloat16)"
 for tool in memcheck racecheck; do
-  stage "$tool" 60 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=bottleneck \
+  stage "$tool" 60 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kns=fastadapt \
     "$PYTHON" -m pytest tests/test_ops.py -q -x -p no:cacheprovider -k "$few"
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING

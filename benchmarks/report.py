@@ -96,8 +96,21 @@ def write_json(path: Path, sections: dict) -> None:
     kept = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps({**kept, **sections}, indent=1, ensure_ascii=False) + "\n")
+    fresh.write_text(_members({name: _members(section, 1) for name, section in {**kept, **sections}.items()}, 0) + "\n")
     os.replace(fresh, path)
+
+
+def _members(values: dict, depth: int) -> str:
+    """A JSON object with a line for each member and each row, so that two records can be compared line by line."""
+    margin = "\n" + " " * depth
+    lines = []
+    for name, value in values.items():
+        if name == "rows":
+            value = "[" + ",".join(f"{margin}  {json.dumps(row, ensure_ascii=False)}" for row in value) + f"{margin} ]"
+        elif depth:
+            value = json.dumps(value, ensure_ascii=False)
+        lines.append(f"{margin} {json.dumps(name)}: {value}")
+    return "{" + ",".join(lines) + margin + "}"
 
 
 def plot(path: Path, sections: dict) -> None:

@@ -90,7 +90,11 @@ class GraphTimer(LaunchTimer):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph.replay
+
+        def replay(_reads_from=call):  # keeps the inputs alive
+            graph.replay()
+
+        return replay
 
 
 TIMERS = {"wall": lambda device: WallTimer(), "launch": LaunchTimer, "graph": GraphTimer}
