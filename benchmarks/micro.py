@@ -4,7 +4,6 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ def product(library: ctypes.CDLL, a: torch.Tensor, b: torch.Tensor) -> tuple:
     return partial(library.multiply, word(rows), word(BLOCK), word(k), word(n), *pointers), c, packed
 
 
-def main(seconds: float) -> int:
+def main(seconds: float) -> None:
     """Print GFLOP/s and the ratio to ``torch.mm`` for each shape and vector length."""
     torch.set_num_threads(1)
     lengths = (16, 8) if torch.backends.cpu.get_cpu_capability() == "AVX512" else (8, 16)
@@ -69,8 +68,3 @@ def main(seconds: float) -> int:
         table.append([f"{rows} x {k} x {n}", *cells])
     print("\nmicro-kernel, one core, float32, weights packed beforehand")
     print_rows(table)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(1.0))

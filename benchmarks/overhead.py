@@ -30,7 +30,7 @@ def enter(op: str, spec, device: torch.device, recorded: bool) -> dict[str, tupl
     return found
 
 
-def main(ops: list[str], specs: dict, device: torch.device, seconds: float) -> int:
+def main(ops: list[str], specs: dict, device: torch.device, seconds: float) -> None:
     """Print a table: no gradient recorded; recorded, forward alone; recorded, forward and backward."""
     timer, grad_y = WallTimer(), torch.randn(1, D, device=device)
     for op in [op for op in ops if op in SMALLEST]:
@@ -47,4 +47,3 @@ def main(ops: list[str], specs: dict, device: torch.device, seconds: float) -> i
         base = table["F.linear"]
         lines = [[name, *(f"{us:.2f} = {us / b:.2f} x" for us, b in zip(row, base))] for name, row in table.items()]
         print_rows([["call", *SETTINGS], *lines])
-    return 0

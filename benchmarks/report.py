@@ -133,8 +133,7 @@ def plot(path: Path, sections: dict) -> None:
                 values = [ratio(r, name, other) if {name, other} <= r["times"].keys() else math.nan for r in rows]
                 axis.plot(values, marker="o", markersize=3, linewidth=1, label=f"{name} over {other}")
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(title=title, ylabel="speed-up", yscale="log", ylim=(0.5, None))
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set(title=title, ylabel="speed-up", ylim=(0, None))
         axis.set_xticks(range(len(rows)), [r["case"] for r in rows], rotation=90, fontsize=6)
         axis.grid(axis="y", linewidth=0.3)
         if ours:

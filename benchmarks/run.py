@@ -122,17 +122,8 @@ def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, ch
     return section
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    torch.set_num_threads(args.threads)
-    print(" · ".join(f"{k} {v}" for k, v in {**machine(args.device), "threads": args.threads, **software()}.items() if v))
-    if args.overhead or args.micro:
-        from . import micro, overhead
-
-        return max(
-            overhead.main(args.ops, SPECS, args.device, args.seconds) if args.overhead else 0,
-            micro.main(args.seconds) if args.micro else 0,
-        )
+def measure(args: argparse.Namespace) -> tuple[dict, list[str]]:
+    """The sections of the record by name, and the ops that are refused."""
     sections, red = {}, []
     for op in args.ops:
         if args.no_check:
@@ -146,7 +137,23 @@ def main(argv: list[str] | None = None) -> int:
             if section["rows"]:
                 sections[f"{op} {dtype} {timer}"] = section
             if not section["complete"]:
-                break
+                return sections, red
+    return sections, red
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    print(" · ".join(f"{k} {v}" for k, v in {**machine(args.device), "threads": args.threads, **software()}.items() if v))
+    if args.overhead or args.micro:
+        from . import micro, overhead
+
+        if args.overhead:
+            overhead.main(args.ops, SPECS, args.device, args.seconds)
+        if args.micro:
+            micro.main(args.seconds)
+        return 0
+    sections, red = measure(args)
     whole = not (args.shapes or args.quick or args.direction or args.no_check) and all(s["complete"] for s in sections.values())
     out = args.out or (ROOT / "benchmarks" / "results" / f"{machine_name(args.device)}.json" if whole else None)
     if out and sections:
@@ -155,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot and sections:
         plot(args.plot, sections)
         print(f"written: {args.plot}")
-    return 1 if red or not sections else 0
+    return 0 if sections and not red else 1
 
 
 if __name__ == "__main__":
