@@ -8,6 +8,7 @@ if importlib.util.find_spec("fastadapt._C"):  # a wheel built with FASTADAPT_BUI
 from ._leaf import explain  # noqa: E402
 from .ops import *  # noqa: E402, F403
 from .ops import __all__ as _ops  # noqa: E402
+from . import nn  # noqa: E402, I001
 
-__all__ = ["explain", *_ops]
+__all__ = ["explain", "nn", *_ops]
 __version__ = "0.1.0"
