@@ -173,7 +173,7 @@ def _check(
         raise ValueError(f"down_weight must be (r, d), or (g, r, d) with adapter_ids, got {tuple(down_weight.shape)}")
     bank = tuple(down_weight.shape[:-2])
     if bank and adapter_ids is None:
-        raise ValueError(f"adapter_ids is needed when down_weight is a bank (g, r, d), got None with {tuple(down_weight.shape)}")
+        raise ValueError(f"adapter_ids is needed when down_weight is a bank, got None with {tuple(down_weight.shape)}")
     if adapter_ids is not None and not bank:
         raise ValueError(f"down_weight must be a bank (g, r, d) when adapter_ids is given, got {tuple(down_weight.shape)}")
     d, r, g = x.shape[-1], down_weight.shape[-2], "g, " if bank else ""
