@@ -1,0 +1,67 @@
+#pragma once
+#include "types.h"
+
+namespace fastadapt::bottleneck {
+
+// Row i of an activation starts `offsets[order]`, or order * ld, elements behind data; its elements are `step` apart.
+struct Rows {
+  const void* data = nullptr;
+  int64_t ld = 0, step = 1;
+  const int64_t* offsets = nullptr;
+};
+
+// Element (adapter, i, j) is at data[adapter * stride_g + i * stride_0 + j * stride_1].
+struct Weight {
+  const void* data = nullptr;
+  int64_t stride_g = 0, stride_0 = 0, stride_1 = 0;
+};
+
+// A vector in the dtype of x, or in float32; a stride of 0 repeats a scalar.
+struct Parameter {
+  const void* data = nullptr;
+  bool like_x = true;
+  int64_t stride_g = 0, stride = 0;
+};
+
+// Consecutive rows (in `order`) of one adapter, worked on by one thread; adapter -1 has no weights.
+struct Segment {
+  int64_t adapter, begin, end;
+};
+
+enum Gradient { grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, grad_scale, grad_norm_weight, grad_norm_bias, grad_skip, grad_hidden_skip, gradients };
+
+struct Problem {
+  int64_t m = 0, d = 0, r = 0, g = 1;
+  Dtype dtype = Dtype::float32, weight_dtype = Dtype::float32;
+  int64_t activation = 0;
+  bool add_x = false, bank = false, backward = false;
+  double scale_value = 1, norm_eps = 0;
+  Rows x, residual, grad_y;
+  Weight down, up;
+  Parameter down_bias, up_bias, scale, norm_weight, norm_bias, skip, hidden_skip;
+  const int64_t* order = nullptr;  // the rows sorted by adapter; null: as they come
+  void* y = nullptr;               // (m, d), contiguous
+  bool wants[gradients] = {};
+  void* grads[gradients] = {};     // contiguous, dtype of the parameter
+  void* scale_columns = nullptr;   // (d,) of the compute type, where grad_scale is wanted
+};
+
+struct Sizes {
+  int64_t shared, thread, partial;  // bytes; one `partial` a segment
+};
+
+// The entry points of one instruction set and one pair of dtypes. All memory comes from the caller, 64-byte aligned.
+struct Kernel {
+  Sizes (*sizes)(const Problem&);
+  // Reads the small parameters; then, outside banks, packs the weights: part `part` of `parts`.
+  void (*read_parameters)(const Problem&, void* shared);
+  void (*pack)(const Problem&, void* shared, int64_t part, int64_t parts);
+  void (*forward)(const Problem&, void* shared, void* thread, const Segment&);
+  void (*backward)(const Problem&, void* shared, void* thread, const Segment&, void* partial);
+  // Adds the partial gradients of the segments, in order, and writes the gradients of the weights.
+  void (*reduce)(const Problem&, void* shared, const Segment*, int64_t segments, void* partials, int64_t part, int64_t parts);
+  // After every part of reduce.
+  void (*finish)(const Problem&, const Segment*, int64_t segments, void* partials);
+};
+
+}  // namespace fastadapt::bottleneck

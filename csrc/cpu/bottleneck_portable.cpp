@@ -1,0 +1,3 @@
+#define FA_TARGET portable
+#define FA_LANES 8
+#include "bottleneck_reduce.h"

@@ -1,0 +1,335 @@
+// Forward and backward of the bottleneck adapter over the rows of one segment, a block at a time.
+#pragma once
+#include "bottleneck_prepare.h"
+
+namespace fastadapt::FA_TARGET::bottleneck {
+
+// Where the rows of a block lie, with `order` and the strides of the leading dims resolved.
+template <class T>
+struct Block {
+  int64_t n;
+  const T *x[max_rows], *residual[max_rows], *grad_y[max_rows];
+  T* out[max_rows];
+};
+
+template <class T>
+FA_INLINE void locate(const Problem& p, const Rows& rows, int64_t begin, int64_t n, const T** out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = p.order ? p.order[begin + i] : begin + i;
+    out[i] = static_cast<const T*>(rows.data) + (rows.offsets ? rows.offsets[row] : row * rows.ld);
+  }
+}
+
+template <class T>
+FA_INLINE void locate(const Problem& p, int64_t begin, int64_t n, Block<T>& b) {
+  b.n = n;
+  if (p.x.data) locate(p, p.x, begin, n, b.x);
+  if (p.residual.data) locate(p, p.residual, begin, n, b.residual);
+  if (p.grad_y.data) locate(p, p.grad_y, begin, n, b.grad_y);
+  Rows out{p.backward ? p.grads[grad_x] : p.y, p.d};
+  if (out.data) locate(p, out, begin, n, const_cast<const T**>(b.out));
+}
+
+// A block of rows as a left operand.
+template <class C>
+struct Operand {
+  const C* data;
+  int64_t ld;
+};
+
+// Columns [j, j + lanes) of a row whose elements are `step` apart.
+template <class C, class T>
+FA_INLINE Vec<C> load_at(const T* row, int64_t j, int64_t count, int64_t step) {
+  return step == 1 && count >= lanes<C> ? load<C>(row + j) : load_some<C>(row + j * step, least(count, lanes<C>), step);
+}
+
+template <class C, class T>
+FA_INLINE void store_at(T* row, int64_t j, int64_t count, Vec<C> v) {
+  if (count >= lanes<C>)
+    store(row + j, v);
+  else
+    store_some<C>(row + j, v, count);
+}
+
+template <class T, class C>
+void copy_rows(const T* const* rows, int64_t n, int64_t d, int64_t step, C* out, int64_t ld) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < d; j += lanes<C>) store(out + i * ld + j, load_at<C>(rows[i], j, d - j, step));
+}
+
+// The rows in place if they are evenly spaced and of the compute type, otherwise a copy of the block in scratch.
+template <class T, class C>
+FA_INLINE Operand<C> operand(const T* const* rows, int64_t n, int64_t d, int64_t step, C* scratch) {
+  if constexpr (sizeof(T) == sizeof(C)) {
+    const int64_t ld = n > 1 ? rows[1] - rows[0] : d;
+    bool even = step == 1;
+    for (int64_t i = 1; even && i < n; ++i) even = rows[i] - rows[i - 1] == ld;
+    if (even) return {rows[0], ld};
+  }
+  copy_rows(rows, n, d, step, scratch, padded<C>(d));
+  return {scratch, padded<C>(d)};
+}
+
+// (x - mean) * rstd into scratch. The mean is refined by the sum of what it leaves, so that a large one does no harm.
+template <class T, class C>
+FA_INLINE Operand<C> normalize(const T* const* rows, int64_t n, int64_t d, int64_t step, double eps, C* out, C* rstd) {
+  const int64_t ld = padded<C>(d);
+  copy_rows(rows, n, d, step, out, ld);
+  for (int64_t i = 0; i < n; ++i) {
+    C* row = out + i * ld;
+    Vec<C> total = {}, rest = {}, square = {};
+    for (int64_t j = 0; j < d; j += lanes<C>) total += load<C>(row + j);
+    const C mean = sum<C>(total) / d;
+    const int64_t whole = d / lanes<C> * lanes<C>;
+    for (int64_t j = 0; j < whole; j += lanes<C>) {
+      const Vec<C> v = load<C>(row + j) - mean;
+      store(row + j, v);
+      rest += v;
+      square += v * v;
+    }
+    C tail_rest = 0, tail_square = 0;
+    for (int64_t j = whole; j < d; ++j) {
+      row[j] -= mean;
+      tail_rest += row[j];
+      tail_square += row[j] * row[j];
+    }
+    const C shift = (sum<C>(rest) + tail_rest) / d, variance = (sum<C>(square) + tail_square) / d - shift * shift;
+    rstd[i] = 1 / __builtin_sqrt((variance > 0 || variance != variance ? variance : 0) + static_cast<C>(eps));
+    for (int64_t j = 0; j < whole; j += lanes<C>) store(row + j, (load<C>(row + j) - shift) * rstd[i]);
+    for (int64_t j = whole; j < d; ++j) row[j] = (row[j] - shift) * rstd[i];
+  }
+  return {out, ld};
+}
+
+// y = residual + product + up_bias + skip * x, where the residual may be x.
+template <class T, class C>
+struct UpEpilogue {
+  const Block<T>& block;
+  const Problem& p;
+  const C *bias, *skip;
+
+  template <int MR, int NV>
+  FA_INLINE void operator()(int64_t i, int64_t j, Vec<C> (&acc)[MR][NV]) const {
+    constexpr int L = lanes<C>;
+    const bool whole = j + NV * L <= p.d && p.x.step == 1 && p.residual.step == 1;
+    const T* const* added = p.add_x ? block.x : p.residual.data ? block.residual : nullptr;
+    const int64_t step = p.add_x ? p.x.step : p.residual.step;
+    if (whole && !skip) {
+#pragma GCC unroll 16
+      for (int t = 0; t < MR; ++t)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          Vec<C> y = acc[t][v] + load<C>(bias + j + v * L);
+          if (added) y += load<C>(added[i + t] + j + v * L);
+          store(block.out[i + t] + j + v * L, y);
+        }
+      return;
+    }
+    for (int t = 0; t < MR; ++t)
+      for (int v = 0; v < NV; ++v) {
+        const int64_t c = j + v * L, count = p.d - c;
+        if (count <= 0) break;
+        Vec<C> y = acc[t][v] + load<C>(bias + c);
+        if (added) y += load_at<C>(added[i + t], c, count, step);
+        if (skip) y += load<C>(skip + c) * load_at<C>(block.x[i + t], c, count, p.x.step);
+        store_at<C>(block.out[i + t], c, count, y);
+      }
+  }
+};
+
+// grad_x from grad_n (which carries norm_weight already): through the norm, plus what bypasses the adapter.
+template <class T, class C>
+struct GradEpilogue {
+  const Block<T>& block;
+  const Problem& p;
+  const C* skip;
+  Operand<C> xhat, grad_y;
+  const C *rstd, *mean, *mean_x;  // rstd null: no norm
+
+  template <int MR, int NV>
+  FA_INLINE void operator()(int64_t i, int64_t j, Vec<C> (&acc)[MR][NV]) const {
+    constexpr int L = lanes<C>;
+    if (j + NV * L <= p.d && !rstd && !skip) {
+#pragma GCC unroll 16
+      for (int t = 0; t < MR; ++t)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          Vec<C> out = acc[t][v];
+          if (p.add_x) out += load<C>(grad_y.data + (i + t) * grad_y.ld + j + v * L);
+          store(block.out[i + t] + j + v * L, out);
+        }
+      return;
+    }
+    for (int t = 0; t < MR; ++t)
+      for (int v = 0; v < NV; ++v) {
+        const int64_t c = j + v * L, count = p.d - c, row = i + t;
+        if (count <= 0) break;
+        Vec<C> out = acc[t][v];
+        if (rstd) out = rstd[row] * (out - mean[row] - load_at<C>(xhat.data + row * xhat.ld, c, count, 1) * mean_x[row]);
+        const Vec<C> g = load_at<C>(grad_y.data + row * grad_y.ld, c, count, 1);
+        if (p.add_x) out += g;
+        if (skip) out += load<C>(skip + c) * g;
+        store_at<C>(block.out[row], c, count, out);
+      }
+  }
+};
+
+template <class T, class W>
+struct Pass : Types<T, W> {
+  using Base = Types<T, W>;
+  using C = Compute<T>;
+
+  // a = act(z) + hidden_skip * z, in place.
+  static void activate(const Problem& p, int64_t count, C* z, const C* hidden_skip) {
+    const int64_t width = padded<C>(p.r);
+    with_activation(p.activation, [&](auto code) FA_FORCED {
+      for (int64_t i = 0; i < count; i += width)
+        for (int64_t j = 0; j < width; j += lanes<C>) {
+          const Vec<C> v = load<C>(z + i + j);
+          Vec<C> a, slope;
+          activate_vector<decltype(code)::value, false>(v, a, slope, C{});
+          if (hidden_skip) a += load<C>(hidden_skip + j) * v;
+          store(z + i + j, a);
+        }
+    });
+  }
+
+  // Rows without an adapter: y or grad_x is what is added to the branch.
+  static void pass_through(const Problem& p, const Segment& s) {
+    Block<T> b;
+    const int64_t block = block_rows<C>(p);
+    const Rows& rows = p.backward ? p.grad_y : p.add_x ? p.x : p.residual;
+    const bool added = p.add_x || (!p.backward && p.residual.data);
+    for (int64_t begin = s.begin; begin < s.end; begin += block) {
+      locate(p, begin, least(block, s.end - begin), b);
+      const T* const* from = p.backward ? b.grad_y : p.add_x ? b.x : b.residual;
+      for (int64_t i = 0; i < b.n; ++i)
+        for (int64_t j = 0; j < p.d; j += lanes<C>)
+          store_at<C>(b.out[i], j, p.d - j, added ? load_at<C>(from[i], j, p.d - j, rows.step) : Vec<C>{});
+    }
+  }
+
+  static FA_INLINE Operand<C> left(const Problem& p, const Block<T>& b, const Scratch<C>& s) {
+    return s.rstd ? normalize(b.x, b.n, p.d, p.x.step, p.norm_eps, s.x, s.rstd) : operand(b.x, b.n, p.d, p.x.step, s.x);
+  }
+
+  static void forward(const Problem& p, void* shared_memory, void* thread_memory, const Segment& seg) {
+    if (seg.adapter < 0) return pass_through(p, seg);
+    Arena shared(shared_memory), thread(thread_memory);
+    const Common<C> c = Base::common(p, shared);
+    const Adapter<C> a = Base::enter(p, c, shared, thread, seg.adapter);
+    const Scratch<C> s = Base::scratch(p, thread);
+    const int64_t block = block_rows<C>(p), ldz = padded<C>(p.r);
+    Block<T> b;
+    for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
+      locate(p, begin, least(block, seg.end - begin), b);
+      const Operand<C> x = left(p, b, s);
+      gemm(b.n, p.d, p.r, x.data, x.ld, a.down, a.down_bias, false, s.z, ldz);
+      activate(p, b.n * ldz, s.z, c.hidden_skip);
+      gemm_epilogue(b.n, p.r, p.d, s.z, ldz, a.up, UpEpilogue<T, C>{b, p, a.up_bias, c.skip});
+    }
+  }
+
+  // From z and grad_a: a, grad_z (into grad_a), and their sums over the rows.
+  static void hidden_gradients(const Problem& p, int64_t n, const Scratch<C>& s, const C* hidden_skip, const Partial<C>& q) {
+    const int64_t width = padded<C>(p.r);
+    const bool back = needs_grad_a(p);
+    with_activation(p.activation, [&](auto code) FA_FORCED {
+      for (int64_t j = 0; j < width; j += lanes<C>) {
+        Vec<C> sum_skip = load<C>(q.hidden_skip + j), sum_bias = load<C>(q.down_bias + j);
+        for (int64_t i = j; i < n * width; i += width) {
+          const Vec<C> z = load<C>(s.z + i);
+          Vec<C> a, slope;
+          activate_vector<decltype(code)::value, true>(z, a, slope, C{});
+          if (hidden_skip) {
+            a += load<C>(hidden_skip + j) * z;
+            slope += load<C>(hidden_skip + j);
+          }
+          store(s.a + i, a);
+          if (!back) continue;
+          const Vec<C> grad_a = load<C>(s.grad_a + i), grad_z = grad_a * slope;
+          sum_skip += grad_a * z;
+          sum_bias += grad_z;
+          store(s.grad_a + i, grad_z);
+        }
+        store(q.hidden_skip + j, sum_skip);
+        store(q.down_bias + j, sum_bias);
+      }
+    });
+  }
+
+  // The two means of LayerNorm's backward, formed from the r hidden values instead of the d columns.
+  static void norm_means(const Problem& p, int64_t n, const Scratch<C>& s, const Adapter<C>& a) {
+    const int64_t width = padded<C>(p.r);
+    for (int64_t i = 0; i < n; ++i) {
+      Vec<C> mean = {}, mean_x = {};
+      for (int64_t j = 0; j < width; j += lanes<C>) {
+        const Vec<C> grad_z = load<C>(s.grad_a + i * width + j);
+        mean += grad_z * load<C>(a.norm_sum + j);
+        mean_x += grad_z * (load<C>(s.z + i * width + j) - load<C>(a.down_bias + j));
+      }
+      s.mean[i] = sum<C>(mean) / p.d;
+      s.mean_x[i] = sum<C>(mean_x) / p.d;
+    }
+  }
+
+  // sum_g += column sums of grad_y; skip += column sums of grad_y * x.
+  static void column_sums(const Problem& p, const Block<T>& b, const Operand<C>& g, const Partial<C>& q) {
+    for (int64_t j = 0; j < p.d; j += lanes<C>) {
+      const int64_t count = p.d - j;
+      Vec<C> total = {}, product = {};
+      for (int64_t i = 0; i < b.n; ++i) {
+        const Vec<C> v = load_at<C>(g.data + i * g.ld, j, count, 1);
+        total += v;
+        if (q.skip) product += v * load_at<C>(b.x[i], j, count, p.x.step);
+      }
+      if (q.sum_g) store(q.sum_g + j, load<C>(q.sum_g + j) + total);
+      if (q.skip) store(q.skip + j, load<C>(q.skip + j) + product);
+    }
+  }
+
+  static void backward(const Problem& p, void* shared_memory, void* thread_memory, const Segment& seg, void* partial_memory) {
+    if (seg.adapter < 0) {
+      if (p.wants[grad_x]) pass_through(p, seg);
+      return;
+    }
+    Arena shared(shared_memory), thread(thread_memory), part(partial_memory);
+    const Common<C> c = Base::common(p, shared);
+    const Adapter<C> a = Base::enter(p, c, shared, thread, seg.adapter);
+    const Scratch<C> s = Base::scratch(p, thread);
+    const Partial<C> q = Base::partial(p, part);
+    const int64_t block = block_rows<C>(p), width = padded<C>(p.r);
+    clear(p, q);
+    Block<T> b;
+    for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
+      const bool more = begin > seg.begin;
+      locate(p, begin, least(block, seg.end - begin), b);
+      const Operand<C> g = operand(b.grad_y, b.n, p.d, p.grad_y.step, s.grad_y);
+      Operand<C> x = {};
+      if (needs_hidden(p)) {
+        x = left(p, b, s);
+        gemm(b.n, p.d, p.r, x.data, x.ld, a.down, a.down_bias, false, s.z, width);
+        if (needs_grad_a(p)) gemm(b.n, p.d, p.r, g.data, g.ld, a.up_back, static_cast<const C*>(nullptr), false, s.grad_a, width);
+        hidden_gradients(p, b.n, s, c.hidden_skip, q);
+      }
+      if (q.sum_g || q.skip) column_sums(p, b, g, q);
+      if (q.up) gemm_transposed(p.d, b.n, p.r, g.data, g.ld, s.a, width, more, q.up, width);
+      if (q.down) gemm_transposed(p.d, b.n, p.r, x.data, x.ld, s.grad_a, width, more, q.down, width);
+      if (p.wants[grad_x]) {
+        if (s.rstd) norm_means(p, b.n, s, a);
+        gemm_epilogue(b.n, p.r, p.d, s.grad_a, width, a.down_back,
+                      GradEpilogue<T, C>{b, p, c.skip, x, g, s.rstd, s.mean, s.mean_x});
+      }
+    }
+  }
+
+  static FA_INLINE void clear(const Problem& p, const Partial<C>& q) {
+    for (int64_t j = 0; j < padded<C>(p.r); ++j) q.down_bias[j] = q.hidden_skip[j] = 0;
+    for (int64_t j = 0; j < padded<C>(p.d); ++j) {
+      if (q.sum_g) q.sum_g[j] = 0;
+      if (q.skip) q.skip[j] = 0;
+    }
+  }
+};
+
+}  // namespace fastadapt::FA_TARGET::bottleneck
