@@ -163,6 +163,7 @@ constexpr int kReduceTile = 32;
 
 __device__ __forceinline__ float add_planes(const float* planes, int64_t splits, int64_t stride) {
   float sum = 0.f;
+#pragma unroll 4
   for (int64_t s = 0; s < splits; s++) sum += planes[s * stride];
   return sum;
 }
@@ -173,6 +174,7 @@ __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_reduce_up_kernel(c
   const Bottleneck& p = w.q.p;
   const int64_t chunks = divide_up(p.d, kReduceTile), plane = static_cast<int64_t>(p.groups.g) * p.d;
   const int adapter = static_cast<int>(blockIdx.x / chunks), lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int i = threadIdx.x / 32; i < kReduceTile; i += kWarps) {
     const int64_t c = blockIdx.x % chunks * kReduceTile + i, line = adapter * static_cast<int64_t>(p.d) + c;
     if (c >= p.d) break;
@@ -206,10 +208,12 @@ __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_reduce_down_kernel
   const float bias = p.norm_bias.data && c < p.d ? p.norm_bias.at<T>(c) : 0.f;
   float grad_weight = 0.f, grad_norm_bias = 0.f;
   for (int j0 = 0; j0 < p.r; j0 += kReduceTile) {
+#pragma unroll 1
     for (int i = warp; w.down && i < kReduceTile; i += kWarps)
       if (c0 + i < p.d && j0 + lane < p.r)
         tile[lane * kRow + i] = add_planes(w.down + (adapter * static_cast<int64_t>(p.d) + c0 + i) * p.r + j0 + lane, w.splits, plane * p.r);
     __syncthreads();
+#pragma unroll 1
     for (int i = warp; i < kReduceTile && c < p.d && j0 + i < p.r; i += kWarps) {
       const int64_t j = j0 + i;
       const float v = w.down ? tile[i * kRow + lane] : 0.f, element = to_float(p.down.of<T>(adapter)[j * p.down.row + c]);
