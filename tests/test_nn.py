@@ -15,7 +15,8 @@ from torch import nn
 from fastadapt.nn import AdapterBank, BottleneckAdapter, ParallelAdapter
 from fastadapt.ops.bottleneck import ACTIVATIONS
 
-from .test_ops import DEVICE, assert_within_reference_error
+from .accuracy import assert_within_reference_error
+from .test_ops import DEVICE
 
 D, R, G = 24, 5, 3
 OPTIONS = {

@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from fastadapt._leaf import INTERPRET
 
 from . import specs
+from .accuracy import excess
 
 SPECS = {m.name: importlib.import_module(f"{specs.__name__}.{m.name}").SPEC for m in pkgutil.iter_modules(specs.__path__)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,24 +60,6 @@ def run(fn, arguments, grad_y=None, wanted=None, layout=lambda name, t: t, **opt
     grads = torch.autograd.grad(y, list(wanted.values()), grad_y, allow_unused=True)
     zeros = (torch.zeros_like(t) if g is None else g for t, g in zip(wanted.values(), grads))
     return {"y": y.detach(), **dict(zip(wanted, zeros))}
-
-
-def excess(actual, reference, oracle, what):
-    """A kernel may err at most twice as much as plain PyTorch in the same dtype, both measured against float64.
-
-    The arguments are lists of tensors, one a draw of the inputs; the errors of the draws are pooled. Returns what is too much.
-    """
-    for a, r in zip(actual, reference):
-        assert a.shape == r.shape and a.dtype == r.dtype, what
-        assert torch.isfinite(a).all(), f"{what}: not finite"
-    eps = torch.finfo(actual[0].dtype).eps
-    actual, reference, oracle = (torch.cat([t.double().flatten() for t in ts]) for ts in (actual, reference, oracle))
-    # l2 sees a systematic error, max sees a wrong element; the slack only covers a reference that happens to be exact.
-    for name, norm, slack in (("l2", torch.norm, eps / 16), ("max", lambda t: t.abs().max(), eps)):
-        if oracle.numel():
-            err, ref, scale = (norm(t).item() for t in (actual - oracle, reference - oracle, oracle))
-            if not err <= 2 * ref + slack * scale:
-                yield f"{what}: {name} error {err:.3e}, plain PyTorch {ref:.3e}"
 
 
 def check(spec, backend, make, wanted=None, layout=lambda name, t: t):
