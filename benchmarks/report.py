@@ -41,11 +41,11 @@ def print_rows(table: list[list[str]]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Microseconds of everyone, then for each kernel its speed-up over everyone and its share of the floor."""
+    """Microseconds of everyone; for each kernel its speed-ups, its share of the floor and the peak memory of its forward."""
     others, ours = _columns(rows)
     head = ["case", *others]
     for name in ours:
-        head += [f"{name} µs", *(f"/{other}" for other in others), "% floor", "MiB"]
+        head += [f"{name} µs", *(f"x {other}" for other in others), "% floor", "MiB"]
     head += ["floor µs", "bound"]
     table = [head]
     for row in rows:
@@ -58,7 +58,7 @@ def print_table(rows: list[dict]) -> None:
             line.append(f"{times[name]['us']:.1f}")
             line += [f"{ratio(row, name, n):.2f}" if n in times else "-" for n in others]
             peak = row["peak_bytes"].get(name)
-            line += [f"{100 * row['floor_us'] / times[name]['us']:.0f}", "-" if peak is None else f"{peak / 2**20:.1f}"]
+            line += [f"{100 * row['floor_us'] / times[name]['us']:.0f}", "-" if peak is None else f"{peak / 2**20:.2f}"]
         table.append([*line, f"{row['floor_us']:.1f}", row["bound"]])
     print_rows(table)
 

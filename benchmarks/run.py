@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import itertools
+import os
 import pkgutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"op must be one of {', '.join(SPECS)}, got {', '.join(unknown)}")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib, which isn't installed")
+    args.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     args.timer = args.timer or ["graph" if args.device.type == "cuda" else "wall"]
     if wrong := [name for name in args.timer if (name == "wall") != (args.device.type == "cpu")]:
         parser.error(f"--timer {wrong[0]} can't measure on {args.device.type}")
@@ -135,6 +137,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[str]]:
         for dtype, timer in itertools.product(args.dtype, args.timer):
             section = run_op(op, getattr(torch, dtype), timer, args, checked=not args.no_check)
             if section["rows"]:
+                section["load_before"] = round(args.load, 2)
                 sections[f"{op} {dtype} {timer}"] = section
             if not section["complete"]:
                 return sections, red
@@ -153,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.micro:
             micro.main(args.seconds)
         return 0
+    if args.load > cores() / 4:
+        print(f"warning: load {args.load:.1f} on {cores()} cores before the start; other work makes these figures noisy")
     sections, red = measure(args)
     whole = not (args.shapes or args.quick or args.direction or args.no_check) and all(s["complete"] for s in sections.values())
     out = args.out or (ROOT / "benchmarks" / "results" / f"{machine_name(args.device)}.json" if whole else None)
