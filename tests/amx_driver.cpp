@@ -49,11 +49,11 @@ void* guarded(int64_t bytes, bool at_end) {
 }
 
 void amx_down(const bf16* const* x, int64_t m, int64_t k, const void* w, bool is_float, int64_t stride_n, int64_t stride_k,
-              const float* scale_k, int64_t n, float* z, int64_t ldz) {
+              const float* scale_k, int64_t n, const float* start, float* z, int64_t ldz) {
   Buffer<bf16> packed(packed_size(n, k)), scratch(scratch_size(m, k));
   pack_all(packed.p, w, is_float, stride_n, stride_k, scale_k, n, k);
   const Session session(scratch.p, m);
-  down(session, x, m, k, packed.p, n, z, ldz);
+  down(session, x, m, k, packed.p, n, start, z, ldz);
 }
 
 void amx_up(const float* h, int64_t m, int64_t k, const void* w, bool is_float, int64_t stride_n, int64_t stride_k, int64_t n,
@@ -65,8 +65,8 @@ void amx_up(const float* h, int64_t m, int64_t k, const void* w, bool is_float, 
   up(session, a.p, m, k, packed.p, n, *epilogue, y);
 }
 
-// c += transpose(h) * x, with the sums of the columns of x below if `ones`; rows of c are n floats.
-void amx_accumulate(const float* h, int64_t m, int64_t r, bool ones, const bf16* const* x, int64_t n, float* c) {
+// c += transpose(h) * x, or = if fresh, with the sums of the columns of x below if `ones`; rows of c are n floats.
+void amx_accumulate(const float* h, int64_t m, int64_t r, bool ones, const bf16* const* x, int64_t n, bool fresh, float* c) {
   const int64_t rows = r + ones, stride = accumulator_stride(n);
   Buffer<bf16> scratch(scratch_size(m, 0)), at(round_up(rows, 16) * round_up(m, 32));
   Buffer<float> sums(round_up(rows, 16) * stride);
@@ -74,7 +74,7 @@ void amx_accumulate(const float* h, int64_t m, int64_t r, bool ones, const bf16*
   transpose_round(h, r, m, r, ones, at.p);
   {
     const Session session(scratch.p, m);
-    accumulate(session, at.p, rows, x, m, n, sums.p);
+    accumulate(session, at.p, rows, x, m, n, fresh, sums.p);
   }
   for (int64_t i = 0; i < rows; i++) std::memcpy(c + i * n, sums.p + i * stride, n * 4);
 }

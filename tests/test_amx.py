@@ -70,14 +70,14 @@ def address(t):
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def down(lib, x, w, scale=None):
-    """x @ w.T, the entries of w times scale along the inner dimension."""
+def down(lib, x, w, scale=None, start=None):
+    """start + x @ w.T, the entries of w times scale along the inner dimension."""
     m, k, n = len(x), *w.T.shape
     ldz = (n + 15) // 16 * 16
     z = torch.full(((m + 15) // 16 * 16, ldz), torch.nan)
     lib.amx_down(
         rows(x), *int64(m, k), address(w), ctypes.c_bool(w.dtype == torch.float32), *int64(*w.stride()), address(scale),
-        *int64(n), address(z), *int64(ldz),
+        *int64(n), address(start), address(z), *int64(ldz),
     )  # fmt: skip
     return z[:m, :n]
 
@@ -95,9 +95,9 @@ def up(lib, h, w, y, **pointers):
     return y
 
 
-def accumulate(lib, h, x, c, ones=False):
+def accumulate(lib, h, x, c, ones=False, fresh=False):
     lib.amx_accumulate(
-        address(h), *int64(*h.shape), ctypes.c_bool(ones), rows(x), *int64(x.shape[1]), address(c),
+        address(h), *int64(*h.shape), ctypes.c_bool(ones), rows(x), *int64(x.shape[1]), ctypes.c_bool(fresh), address(c),
     )  # fmt: skip
     return c
 
@@ -114,8 +114,11 @@ def test_down_is_exact_on_integers(lib, m, k, n):
     for weight in (w.float(), w.T.contiguous().T, w.float().T.contiguous().T, integers(n, 2 * k)[:, ::2].copy_(w)):
         assert torch.equal(down(lib, x, weight), expected)
     scale = integers(k, low=1, dtype=torch.float32)
-    for weight in (w, w.T.contiguous().T):
-        assert torch.equal(down(lib, x, weight, scale), (x.double() * scale @ w.double().T).float())
+    for weight in (w, w.T.contiguous().T, w.float(), w.float().T.contiguous().T, integers(n, 2 * k)[:, ::2].copy_(w)):
+        assert torch.equal(down(lib, x, weight, guarded(lib, scale)), (x.double() * scale @ w.double().T).float())
+    start = torch.zeros((n + 15) // 16 * 16)
+    start[:n] = integers(n)
+    assert torch.equal(down(lib, x, w, start=start), expected + start[:n])
 
 
 def test_down_takes_rows_from_anywhere(lib):
@@ -125,8 +128,8 @@ def test_down_takes_rows_from_anywhere(lib):
         z = torch.full((48, 32), torch.nan)
         pointers = (ctypes.c_void_p * len(pick))(*(t.data_ptr() for t in scattered))
         lib.amx_down(
-            pointers, *int64(len(pick), 100), address(w), ctypes.c_bool(False), *int64(100, 1), None, *int64(20), address(z),
-            *int64(32),
+            pointers, *int64(len(pick), 100), address(w), ctypes.c_bool(False), *int64(100, 1), None, *int64(20), None,
+            address(z), *int64(32),
         )  # fmt: skip
         assert torch.equal(z[: len(pick), :20], (pool[pick].double() @ w.double().T).float())
     assert torch.equal(down(lib, pool[:1].expand(33, 100), w), (pool[:1].double() @ w.double().T).float().expand(33, 20))
@@ -178,6 +181,8 @@ def test_accumulate_is_exact_on_integers(lib, m, n, r):
         assert torch.equal(c, (left.double().T @ x.double() + start).float())
         accumulate(lib, h, x, c, ones)
         assert torch.equal(c, (2 * left.double().T @ x.double() + start).float())
+        c = accumulate(lib, h, x, torch.full_like(start, torch.nan), ones, fresh=True)
+        assert torch.equal(c, (left.double().T @ x.double()).float())
 
 
 def test_random_values_stay_within_float32_accumulation(lib):

@@ -159,10 +159,13 @@ inline __attribute__((always_inline)) void load_all(const float* c, int64_t stri
 }
 
 template <int MT, int NT>
-void down_tile(const Strip* a, int64_t k, const bf16* b, float* z, int64_t ldz) {
+void down_tile(const Strip* a, int64_t k, const bf16* b, const float* start, float* z, int64_t ldz) {
   const int64_t full = k / 32, panel = round_up(k, 32) * 16;
   const char *a0 = a[0].p, *a1 = a[MT - 1].p;
-  clear<MT, NT>();
+  if (start)
+    load_all<MT, NT>(start, 0);
+  else
+    clear<MT, NT>();
   for (int64_t t = 0; t < full; t++)
     step<MT, NT>(a0 + 64 * t, a[0].stride, a1 + 64 * t, a[MT - 1].stride, b + 512 * t, b + panel + 512 * t);
   if (k % 32) step<MT, NT>(a[0].tail, 64, a[MT - 1].tail, 64, b + 512 * full, b + panel + 512 * full);
@@ -188,9 +191,12 @@ inline Strip strip(const bf16* const* x, int64_t count, int64_t k, bf16* copy, b
 }
 
 template <int MT>
-void accumulate_tile(const bf16* at, int64_t m32, const bf16* pairs, float* c, int64_t ldc) {
+void accumulate_tile(const bf16* at, int64_t m32, const bf16* pairs, bool fresh, float* c, int64_t ldc) {
   const char *a0 = reinterpret_cast<const char*>(at), *a1 = a0 + 32 * m32;
-  load_all<MT, 2>(c, 4 * ldc);
+  if (fresh)
+    clear<MT, 2>();
+  else
+    load_all<MT, 2>(c, 4 * ldc);
   for (int64_t t = 0; t < m32 / 32; t++)
     step<MT, 2>(a0 + 64 * t, 2 * m32, a1 + 64 * t, 2 * m32, pairs + 1024 * t, pairs + 1024 * t + 512);
   store_all<MT, 2>(c, 4 * ldc);
@@ -305,33 +311,56 @@ inline float value(bf16 v) {
   return f;
 }
 
-// One step (32 by 16) of a panel; width columns and height rows of it exist.
+// The same, times the 32 factors of two vectors.
+FASTADAPT_AVX512 inline __m512i row32(const bf16* p, uint32_t mask, __m512 first, __m512 second) {
+  const __m512 a = widen(static_cast<__mmask16>(mask), p), b = widen(static_cast<__mmask16>(mask >> 16), p + 16);
+  return narrow(_mm512_mul_ps(a, first), _mm512_mul_ps(b, second));
+}
+FASTADAPT_AVX512 inline __m512i row32(const float* p, uint32_t mask, __m512 first, __m512 second) {
+  return narrow(_mm512_mul_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p), first),
+                _mm512_mul_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), p + 16), second));
+}
+
+// One step (32 by 16) of a panel, of which height rows and width columns exist, where the columns are contiguous.
 template <class W>
-FASTADAPT_AVX512 void pack_step(bf16* out, const W* src, int64_t stride_n, int64_t stride_k, const float* scale_k,
-                                int64_t width, int64_t height) {
-  if (stride_n == 1 && !scale_k) {
-    const uint32_t mask = mask_of(width);
-    for (int64_t i = 0; i < 32; i += 2) {
-      const __m512i a = row32(src + least(i, height - 1) * stride_k, i < height ? mask : 0);
-      const __m512i b = row32(src + least(i + 1, height - 1) * stride_k, i + 1 < height ? mask : 0);
-      __m512i first, second;
-      interleave(a, b, &first, &second);
-      _mm512_store_si512(out + 16 * i, first);
+FASTADAPT_AVX512 void pack_rows(bf16* out, const W* src, int64_t stride_k, const float* scale_k, int64_t width,
+                                int64_t height) {
+  const uint32_t mask = mask_of(width);
+  for (int64_t i = 0; i < 32; i += 2) {
+    __m512i pair[2], unused;
+    for (int h = 0; h < 2; h++) {
+      const W* row = src + least(i + h, height - 1) * stride_k;
+      const uint32_t present = i + h < height ? mask : 0;
+      const __m512 factor = _mm512_set1_ps(scale_k && present ? scale_k[i + h] : 1.0f);
+      pair[h] = scale_k ? row32(row, present, factor, factor) : row32(row, present);
     }
-    return;
+    interleave(pair[0], pair[1], &pair[0], &unused);
+    _mm512_store_si512(out + 16 * i, pair[0]);
+  }
+}
+// The same where the rows are contiguous, or nothing is.
+template <class W>
+FASTADAPT_AVX512 void pack_columns(bf16* out, const W* src, int64_t stride_n, int64_t stride_k, const float* scale_k,
+                                   int64_t width, int64_t height) {
+  alignas(64) float copy[16 * 32] = {};
+  if (stride_k != 1)
+    for (int64_t i = 0; i < height; i++)
+      for (int64_t c = 0; c < width; c++) copy[32 * c + i] = value(src[i * stride_k + c * stride_n]);
+  const uint32_t mask = mask_of(height);
+  __m512 factor[2];
+  for (int h = 0; h < 2; h++) {
+    const __mmask16 half = static_cast<__mmask16>(mask >> 16 * h);
+    factor[h] = scale_k ? _mm512_maskz_loadu_ps(half, scale_k + 16 * h) : _mm512_set1_ps(1.0f);
   }
   __m512i v[16];
-  if (stride_k == 1 && !scale_k) {
-    const uint32_t mask = mask_of(height);
 #pragma GCC unroll 16
-    for (int64_t c = 0; c < 16; c++) v[c] = row32(src + least(c, width - 1) * stride_n, c < width ? mask : 0);
-  } else {
-    alignas(64) float copy[16 * 32] = {};
-    for (int64_t i = 0; i < height; i++)
-      for (int64_t c = 0; c < width; c++)
-        copy[32 * c + i] = value(src[i * stride_k + c * stride_n]) * (scale_k ? scale_k[i] : 1.0f);
-#pragma GCC unroll 16
-    for (int c = 0; c < 16; c++) v[c] = row32(copy + 32 * c, ~0u);
+  for (int64_t c = 0; c < 16; c++) {
+    const uint32_t present = c < width ? mask : 0;
+    const W* column = src + least(c, width - 1) * stride_n;
+    if (stride_k != 1)
+      v[c] = row32(copy + 32 * c, present, factor[0], factor[1]);
+    else
+      v[c] = scale_k ? row32(column, present, factor[0], factor[1]) : row32(column, present);
   }
   transpose(v);
 #pragma GCC unroll 16
@@ -352,9 +381,15 @@ FASTADAPT_AVX512 void pack(bf16* packed, const W* src, int64_t stride_n, int64_t
     memset(out, 0, steps * 1024);
     return;
   }
-  for (int64_t i = 0; i < k; i += 32, out += 512)
-    detail::pack_step(out, src + i * stride_k + c * stride_n, stride_n, stride_k, scale_k ? scale_k + i : nullptr,
-                      least(16, n - c), least(32, k - i));
+  for (int64_t i = 0; i < k; i += 32, out += 512) {
+    const W* from = src + i * stride_k + c * stride_n;
+    const float* scale = scale_k ? scale_k + i : nullptr;
+    const int64_t width = least(16, n - c), height = least(32, k - i);
+    if (stride_n == 1 && stride_k != 1)
+      detail::pack_rows(out, from, stride_k, scale, width, height);
+    else
+      detail::pack_columns(out, from, stride_n, stride_k, scale, width, height);
+  }
 }
 
 // The left operand of up: out[i][c] = h[i][c] for i < m, c < r; zero to round_up(m, 16) rows of round_up(r, 32).
@@ -387,9 +422,10 @@ FASTADAPT_AVX512 inline void transpose_round(const float* h, int64_t ldh, int64_
     for (int64_t i = 0; i < m; i++) out[r * lda + i] = {0x3f80};
 }
 
-// z[m, n] = x * B; z has round_up(m, 16) rows of ldz >= round_up(n, 16) floats, of which the surplus is overwritten.
-inline void down(const Session& session, const bf16* const* x, int64_t m, int64_t k, const bf16* packed, int64_t n, float* z,
-                 int64_t ldz) {
+// z[m, n] = start + x * B; z has round_up(m, 16) rows of ldz >= round_up(n, 16) floats, of which the surplus is overwritten.
+// start: round_up(n, 16) floats for every row, or null.
+inline void down(const Session& session, const bf16* const* x, int64_t m, int64_t k, const bf16* packed, int64_t n,
+                 const float* start, float* z, int64_t ldz) {
   const int64_t k32 = round_up(k, 32), panels = round_up(n, 16) / 16;
   for (int64_t i = 0; i < m; i += 32) {
     const bool two = m - i > 16;
@@ -399,11 +435,12 @@ inline void down(const Session& session, const bf16* const* x, int64_t m, int64_
                                 session.tail + 512 * s);
     for (int64_t j = 0; j < panels; j += 2) {
       const bf16* b = packed + j * k32 * 16;
+      const float* first = start ? start + 16 * j : nullptr;
       float* out = z + i * ldz + 16 * j;
       if (j + 1 < panels)
-        (two ? detail::down_tile<2, 2> : detail::down_tile<1, 2>)(strips, k, b, out, ldz);
+        (two ? detail::down_tile<2, 2> : detail::down_tile<1, 2>)(strips, k, b, first, out, ldz);
       else
-        (two ? detail::down_tile<2, 1> : detail::down_tile<1, 1>)(strips, k, b, out, ldz);
+        (two ? detail::down_tile<2, 1> : detail::down_tile<1, 1>)(strips, k, b, first, out, ldz);
     }
   }
 }
@@ -421,9 +458,10 @@ FASTADAPT_AVX512 inline void up(const Session& session, const bf16* a, int64_t m
   }
 }
 
-// c[r, n] += at * x; at as transpose_round leaves it for m rows, c has round_up(r, 16) rows of accumulator_stride(n).
+// c[r, n] += at * x, or = if fresh; at as transpose_round leaves it for m rows, c has round_up(r, 16) rows of
+// accumulator_stride(n) floats.
 FASTADAPT_AVX512 inline void accumulate(const Session& session, const bf16* at, int64_t r, const bf16* const* x, int64_t m,
-                                        int64_t n, float* c) {
+                                        int64_t n, bool fresh, float* c) {
   const int64_t m32 = round_up(m, 32), ldc = accumulator_stride(n), r16 = round_up(r, 16);
   for (int64_t j = 0; j < n; j += 32) {
     const uint32_t mask = detail::mask_of(n - j);
@@ -437,7 +475,7 @@ FASTADAPT_AVX512 inline void accumulate(const Session& session, const bf16* at, 
     }
     for (int64_t i = 0; i < r16; i += 32)
       (r16 - i > 16 ? detail::accumulate_tile<2> : detail::accumulate_tile<1>)(at + i * m32, m32, session.pairs,
-                                                                               c + i * ldc + j, ldc);
+                                                                               fresh, c + i * ldc + j, ldc);
   }
 }
 

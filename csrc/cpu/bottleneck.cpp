@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "amx.h"
 #include "bottleneck_args.h"
 #include "scratch.h"
 #include "target.h"
@@ -14,7 +15,7 @@ namespace fastadapt::bottleneck {
 namespace portable { Kernel kernel(Dtype, Dtype); }
 #if defined(__x86_64__)
 namespace avx2 { Kernel kernel(Dtype, Dtype); }
-namespace avx512 { Kernel kernel(Dtype, Dtype); }
+namespace avx512 { Kernel kernel(Dtype, Dtype); Kernel amx_kernel(Dtype); }
 #endif
 
 namespace {
@@ -23,7 +24,10 @@ using Optional = std::optional<Tensor>;
 
 Kernel kernel(Dtype dtype, Dtype weight_dtype) {
 #if defined(__x86_64__)
-  if (target() == Target::avx512) return avx512::kernel(dtype, weight_dtype);
+#if FASTADAPT_AMX
+  if (target() == Target::amx && dtype == Dtype::bfloat16) return avx512::amx_kernel(weight_dtype);
+#endif
+  if (target() == Target::amx || target() == Target::avx512) return avx512::kernel(dtype, weight_dtype);
   if (target() == Target::avx2) return avx2::kernel(dtype, weight_dtype);
 #endif
   return portable::kernel(dtype, weight_dtype);

@@ -5,4 +5,5 @@
 #define FA_TARGET avx512
 #define FA_LANES 16
 #include "bottleneck_reduce.h"
+#include "bottleneck_amx.h"
 #endif

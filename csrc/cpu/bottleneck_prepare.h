@@ -97,6 +97,10 @@ struct Types {
     return s;
   }
 
+  // The products in a partial have a row a column of x, with an entry a hidden value, rather than the reverse.
+  static constexpr bool rank_rows = false;
+  static FA_INLINE int64_t product_stride(const Problem& p) { return padded<C>(p.r); }
+
   static FA_INLINE Partial<C> partial(const Problem& p, Arena& arena) {
     Partial<C> q = {};
     const int64_t r = padded<C>(p.r), d = padded<C>(p.d);

@@ -4,9 +4,9 @@
 
 namespace fastadapt::FA_TARGET::bottleneck {
 
-template <class T, class W>
-struct Reduce : Pass<T, W> {
-  using Base = Pass<T, W>;
+template <class T, class W, class P = Pass<T, W>>
+struct Reduce : P {
+  using Base = P;
   using C = Compute<T>;
 
   // Columns of the gradients that belong to no adapter alone, in the compute type: a lane block wide.
@@ -47,38 +47,48 @@ struct Reduce : Pass<T, W> {
     return v;
   }
 
+  // The block of a weight gradient at column c and hidden index j, in the order in which the partials hold it.
+  template <class Member>
+  static FA_INLINE void products(const Problem& p, const Run& run, Member member, int64_t c, int64_t count, int64_t j,
+                                 Vec<C> (&v)[lanes<C>]) {
+    const int64_t ld = Base::product_stride(p), rows = Base::rank_rows ? least(lanes<C>, p.r - j) : count;
+    const int64_t at = Base::rank_rows ? j * ld + c : c * ld + j;
+    for (int64_t t = 0; t < lanes<C>; ++t) v[t] = t < rows ? total(p, run, member, at + t * ld) : Vec<C>{};
+  }
+
   // Rows [c, c + count) of the up weight: grad_Wu = scale * P, grad_bu = scale * S, and their share of grad_scale.
   static void up_rows(const Problem& p, const Run& run, const Common<C>& common, int64_t id, int64_t c, int64_t count, Sums& sums) {
-    const int64_t width = padded<C>(p.r);
     const Vec<C> scale = common.scale ? load<C>(common.scale + c) : broadcast<C>(1);
     Vec<C> sum_g = {};
     if (p.wants[grad_up_bias] || p.wants[grad_scale]) sum_g = total(p, run, &Partial<C>::sum_g, c);
     if (p.wants[grad_up_bias]) write(p.up_bias, p.grads[grad_up_bias], id * p.d + c, scale * sum_g, count);
     if (p.wants[grad_scale] && p.up_bias.data) sums.scale += sum_g * Base::parameter_at(p.up_bias, id, c, count);
     if (!needs_up_product(p)) return;
-    for (int64_t t = 0; t < count; ++t) {
-      Vec<C> product = {};
-      for (int64_t j = 0; j < p.r; j += lanes<C>) {
-        const Vec<C> v = total(p, run, &Partial<C>::up, (c + t) * width + j);
+    Vec<C> dots[lanes<C>] = {};
+    for (int64_t j = 0; j < p.r; j += lanes<C>) {
+      Vec<C> v[lanes<C>];
+      products(p, run, &Partial<C>::up, c, count, j, v);
+      if (Base::rank_rows) transpose<C>(v);
+      for (int64_t t = 0; t < count; ++t) {
         if (p.wants[grad_up])
-          store_at<C>(static_cast<W*>(p.grads[grad_up]) + (id * p.d + c + t) * p.r, j, p.r - j, v * scale[t]);
+          store_at<C>(static_cast<W*>(p.grads[grad_up]) + (id * p.d + c + t) * p.r, j, p.r - j, v[t] * scale[t]);
         if (p.wants[grad_scale])
-          product += v * load_at<C>(Base::element(p.up, id, c + t, 0), j, p.r - j, p.up.stride_1);
+          dots[t] += v[t] * load_at<C>(Base::element(p.up, id, c + t, 0), j, p.r - j, p.up.stride_1);
       }
-      if (p.wants[grad_scale]) sums.scale[t] += sum<C>(product);
     }
+    if (p.wants[grad_scale])
+      for (int64_t t = 0; t < count; ++t) sums.scale[t] += sum<C>(dots[t]);
   }
 
   // Columns [c, c + count) of the down weight: grad_Wd = Q * norm_weight + outer(grad_bd, norm_bias), and the norm's gradients.
   static void down_columns(const Problem& p, const Run& run, const Common<C>& common, int64_t id, int64_t c, int64_t count,
                            Sums& sums) {
-    const int64_t width = padded<C>(p.r);
     for (int64_t j0 = 0; j0 < p.r; j0 += lanes<C>) {
       const Vec<C> bias = total(p, run, &Partial<C>::down_bias, j0);
       Vec<C> v[lanes<C>] = {};
       if (needs_down_product(p)) {
-        for (int64_t t = 0; t < count; ++t) v[t] = total(p, run, &Partial<C>::down, (c + t) * width + j0);
-        transpose<C>(v);
+        products(p, run, &Partial<C>::down, c, count, j0, v);
+        if (!Base::rank_rows) transpose<C>(v);
       }
       for (int64_t t = 0; t < least(lanes<C>, p.r - j0); ++t) {
         const int64_t j = j0 + t;

@@ -3,14 +3,17 @@
 #include <atomic>
 #include <cstring>
 
+#include "amx.h"
+
 namespace fastadapt {
 
 namespace {
 
-constexpr Target all[] = {Target::avx512, Target::avx2, Target::portable};  // best first
+constexpr Target all[] = {Target::amx, Target::avx512, Target::avx2, Target::portable};  // best first
 
 bool supported(Target t) {
 #if defined(__x86_64__)
+  if (t == Target::amx) return amx::available();
   if (t == Target::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq");
@@ -34,7 +37,14 @@ std::atomic<Target>& chosen() {
 
 Target target() { return chosen().load(std::memory_order_relaxed); }
 
-const char* name(Target t) { return t == Target::avx512 ? "avx512" : t == Target::avx2 ? "avx2" : "portable"; }
+const char* name(Target t) {
+  switch (t) {
+    case Target::amx: return "amx";
+    case Target::avx512: return "avx512";
+    case Target::avx2: return "avx2";
+    default: return "portable";
+  }
+}
 
 bool set_target(const char* wanted) {
   for (Target t : all)

@@ -2,8 +2,8 @@
 
 namespace fastadapt {
 
-// The instruction set whose kernels run. Detected once; the tests choose others.
-enum class Target { portable, avx2, avx512 };
+// The instruction set whose kernels run. Detected once; the tests choose others. `amx` is avx512 but for bfloat16 rows.
+enum class Target { portable, avx2, avx512, amx };
 
 Target target();
 const char* name(Target);
