@@ -128,7 +128,7 @@ struct Call {
   Problem p;
   std::vector<int64_t> x_offsets, residual_offsets, grad_y_offsets, order;
   std::vector<Segment> segments;
-  std::vector<int64_t> first_segment;  // of each part, and the end
+  std::vector<int64_t> first_segment;  // of each chunk of rows, and the end
   int64_t parts = 1;
 };
 
@@ -163,9 +163,9 @@ std::vector<int64_t> row_adapters(const Tensor& ids, const Tensor& x, int64_t m,
   return out;
 }
 
-// Sorts the rows by adapter (a counting sort keeps their order) and cuts them where the adapter or the thread changes.
-void divide(Call& call, const std::vector<int64_t>* adapters) {
-  const int64_t m = call.p.m, g = call.p.g, parts = call.parts;
+// Sorts the rows by adapter (a counting sort keeps their order) and cuts them where the adapter or the chunk changes.
+void divide(Call& call, int64_t chunks, const std::vector<int64_t>* adapters) {
+  const int64_t m = call.p.m, g = call.p.g;
   std::vector<int64_t> ends;
   if (adapters) {
     std::vector<int64_t> next(g + 2, 0);
@@ -177,10 +177,10 @@ void divide(Call& call, const std::vector<int64_t>* adapters) {
     call.p.order = call.order.data();
   }
   int64_t adapter = adapters ? -1 : 0;
-  for (int64_t part = 0; part < parts; ++part) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     call.first_segment.push_back(call.segments.size());
-    int64_t begin = m * part / parts;
-    const int64_t end = m * (part + 1) / parts;
+    int64_t begin = m * chunk / chunks;
+    const int64_t end = m * (chunk + 1) / chunks;
     while (begin < end) {
       while (adapters && ends[adapter + 1] <= begin) ++adapter;
       const int64_t stop = adapters ? std::min(end, ends[adapter + 1]) : end;
@@ -197,6 +197,25 @@ void each_part(int64_t parts, const F& f) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) f(part);
   });
+}
+
+// f(thread, segment), a run of chunks for each thread.
+template <class F>
+void each_segment(const Call& call, const F& f) {
+  const int64_t chunks = call.first_segment.size() - 1;
+  each_part(call.parts, [&](int64_t part) {
+    for (int64_t i = call.first_segment[chunks * part / call.parts]; i < call.first_segment[chunks * (part + 1) / call.parts]; ++i)
+      f(part, i);
+  });
+}
+
+// Chunks of rows. Each sums weight gradients of its own, so that their number must not depend on that of the threads: then
+// neither do the bits.
+int64_t chunks(const Call& call) {
+  if (!call.p.backward) return call.parts;
+  int64_t count = 1;
+  while (count < 16 && call.p.m >= count * 2 * 64) count *= 2;
+  return count;
 }
 
 // Threads that the work is worth.
@@ -267,9 +286,9 @@ void read(const Arguments& a, const Shapes& s, Call& call) {
 
 void schedule(const Arguments& a, Call& call) {
   call.parts = useful_parts(call.p);
-  if (!a.adapter_ids) return divide(call, nullptr);
+  if (!a.adapter_ids) return divide(call, chunks(call), nullptr);
   const std::vector<int64_t> adapters = row_adapters(*a.adapter_ids, a.x, call.p.m, call.p.g);
-  divide(call, &adapters);
+  divide(call, chunks(call), &adapters);
 }
 
 // Uninitialised and contiguous.
@@ -311,10 +330,7 @@ Tensor bottleneck_fwd_cpu(const Tensor& x, const Tensor& down_weight, const Tens
   char *shared = memory.data(), *threads = shared + sizes.shared;
   k.read_parameters(p, shared);
   if (!p.bank) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
-  each_part(call.parts, [&](int64_t part) {
-    for (int64_t i = call.first_segment[part]; i < call.first_segment[part + 1]; ++i)
-      k.forward(p, shared, threads + part * sizes.thread, call.segments[i]);
-  });
+  each_segment(call, [&](int64_t part, int64_t i) { k.forward(p, shared, threads + part * sizes.thread, call.segments[i]); });
   return y;
 }
 
@@ -329,9 +345,8 @@ void differentiate(Call& call) {
   p.scale_columns = partials + segments * sizes.partial;
   k.read_parameters(p, shared);
   if (!p.bank) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
-  each_part(call.parts, [&](int64_t part) {
-    for (int64_t i = call.first_segment[part]; i < call.first_segment[part + 1]; ++i)
-      k.backward(p, shared, threads + part * sizes.thread, call.segments[i], partials + i * sizes.partial);
+  each_segment(call, [&](int64_t part, int64_t i) {
+    k.backward(p, shared, threads + part * sizes.thread, call.segments[i], partials + i * sizes.partial);
   });
   each_part(call.parts, [&](int64_t part) { k.reduce(p, shared, call.segments.data(), segments, partials, part, call.parts); });
   k.finish(p, call.segments.data(), segments, partials);

@@ -94,7 +94,8 @@ FA_INLINE Operand<C> normalize(const T* const* rows, int64_t n, int64_t d, int64
       tail_square += row[j] * row[j];
     }
     const C shift = (sum<C>(rest) + tail_rest) / d, variance = (sum<C>(square) + tail_square) / d - shift * shift;
-    rstd[i] = 1 / __builtin_sqrt((variance > 0 || variance != variance ? variance : 0) + static_cast<C>(eps));
+    // A single column has nothing to vary: its gradient is zero, not what rounding leaves of a difference.
+    rstd[i] = d == 1 ? 0 : 1 / __builtin_sqrt((variance > 0 || variance != variance ? variance : 0) + static_cast<C>(eps));
     for (int64_t j = 0; j < whole; j += lanes<C>) store(row + j, (load<C>(row + j) - shift) * rstd[i]);
     for (int64_t j = whole; j < d; ++j) row[j] = (row[j] - shift) * rstd[i];
   }
@@ -236,8 +237,9 @@ struct Pass : Types<T, W> {
     const bool back = needs_grad_a(p);
     with_activation(p.activation, [&](auto code) FA_FORCED {
       for (int64_t j = 0; j < width; j += lanes<C>) {
-        Vec<C> sum_skip = load<C>(q.hidden_skip + j), sum_bias = load<C>(q.down_bias + j);
-        for (int64_t i = j; i < n * width; i += width) {
+        Vec<C> sum_skip[4] = {}, sum_bias[4] = {};
+        for (int64_t row = 0; row < n; ++row) {
+          const int64_t i = row * width + j;
           const Vec<C> z = load<C>(s.z + i);
           Vec<C> a, slope;
           activate_vector<decltype(code)::value, true>(z, a, slope, C{});
@@ -248,12 +250,12 @@ struct Pass : Types<T, W> {
           store(s.a + i, a);
           if (!back) continue;
           const Vec<C> grad_a = load<C>(s.grad_a + i), grad_z = grad_a * slope;
-          sum_skip += grad_a * z;
-          sum_bias += grad_z;
+          sum_skip[row % 4] += grad_a * z;
+          sum_bias[row % 4] += grad_z;
           store(s.grad_a + i, grad_z);
         }
-        store(q.hidden_skip + j, sum_skip);
-        store(q.down_bias + j, sum_bias);
+        store(q.hidden_skip + j, load<C>(q.hidden_skip + j) + ((sum_skip[0] + sum_skip[1]) + (sum_skip[2] + sum_skip[3])));
+        store(q.down_bias + j, load<C>(q.down_bias + j) + ((sum_bias[0] + sum_bias[1]) + (sum_bias[2] + sum_bias[3])));
       }
     });
   }
@@ -273,18 +275,18 @@ struct Pass : Types<T, W> {
     }
   }
 
-  // sum_g += column sums of grad_y; skip += column sums of grad_y * x.
+  // sum_g += column sums of grad_y; skip += column sums of grad_y * x. Four sums side by side lose fewer bits than one.
   static void column_sums(const Problem& p, const Block<T>& b, const Operand<C>& g, const Partial<C>& q) {
     for (int64_t j = 0; j < p.d; j += lanes<C>) {
       const int64_t count = p.d - j;
-      Vec<C> total = {}, product = {};
+      Vec<C> total[4] = {}, product[4] = {};
       for (int64_t i = 0; i < b.n; ++i) {
         const Vec<C> v = load_at<C>(g.data + i * g.ld, j, count, 1);
-        total += v;
-        if (q.skip) product += v * load_at<C>(b.x[i], j, count, p.x.step);
+        total[i % 4] += v;
+        if (q.skip) product[i % 4] += v * load_at<C>(b.x[i], j, count, p.x.step);
       }
-      if (q.sum_g) store(q.sum_g + j, load<C>(q.sum_g + j) + total);
-      if (q.skip) store(q.skip + j, load<C>(q.skip + j) + product);
+      if (q.sum_g) store(q.sum_g + j, load<C>(q.sum_g + j) + ((total[0] + total[1]) + (total[2] + total[3])));
+      if (q.skip) store(q.skip + j, load<C>(q.skip + j) + ((product[0] + product[1]) + (product[2] + product[3])));
     }
   }
 

@@ -151,6 +151,12 @@ FA_INLINE void for_panels(int64_t n, F&& f) {
   if (rest == 1) f(RowCount<1>{}, j);
 }
 
+// Sums start from zero in each block and are added to c at its end: a long sum in blocks rounds less than one in sequence.
+template <class C>
+FA_INLINE void put(C* c, Vec<C> v, bool accumulate) {
+  store(c, accumulate ? load<C>(c) + v : v);
+}
+
 // c = a * b + start for a block in scratch memory: c has padded(n) columns and `start` (or zero) is added to every row.
 // With accumulate, c += a * b.
 template <class C>
@@ -171,12 +177,12 @@ void gemm(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* 
         for (int t = 0; t < MR; ++t)
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v)
-            acc[t][v] = accumulate ? load<C>(out + t * ldc + v * L) : start ? load<C>(start + j + v * L) : Vec<C>{};
+            acc[t][v] = !accumulate && start ? load<C>(start + j + v * L) : Vec<C>{};
         multiply<C, MR, NV, false>(kb, a + i * lda + k0, lda, b, NV * L, acc);
 #pragma GCC unroll 16
         for (int t = 0; t < MR; ++t)
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) store(out + t * ldc + v * L, acc[t][v]);
+          for (int v = 0; v < NV; ++v) put(out + t * ldc + v * L, acc[t][v], accumulate);
       });
     });
     accumulate = true;
@@ -194,17 +200,13 @@ void gemm_transposed(int64_t columns, int64_t rows, int64_t n, const C* a, int64
     constexpr int NV = decltype(nv)::value;
     for_row_tiles<NV>(columns, [&](auto mr, int64_t i) FA_FORCED {
       constexpr int MR = decltype(mr)::value;
-      Vec<C> acc[MR][NV];
+      Vec<C> acc[MR][NV] = {};
       C* out = c + i * ldc + j;
-#pragma GCC unroll 16
-      for (int t = 0; t < MR; ++t)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[t][v] = accumulate ? load<C>(out + t * ldc + v * L) : Vec<C>{};
       multiply<C, MR, NV, true>(rows, a + i, lda, b + j, ldb, acc);
 #pragma GCC unroll 16
       for (int t = 0; t < MR; ++t)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) store(out + t * ldc + v * L, acc[t][v]);
+        for (int v = 0; v < NV; ++v) put(out + t * ldc + v * L, acc[t][v], accumulate);
     });
   });
 }
