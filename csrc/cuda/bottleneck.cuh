@@ -64,7 +64,7 @@ struct Block {
   static constexpr int kTileA = BM * (kRowA > kRowE ? kRowA : kRowE);
   static constexpr int kTileB = kN * kRowA > kDepth * kRowE ? kN * kRowA : kDepth * kRowE;
   static constexpr int kStage = kTileA + kTileB;
-  static constexpr int kPerMultiprocessor = BM == 64 ? 3 : 4;  // left alone, the compiler spills to save registers
+  static constexpr int kPerMultiprocessor = BM < 64 ? 4 : sizeof(T) == 2 ? 3 : 2;  // left alone, the compiler spills to save registers
   static constexpr int kWarpsM = BM / 16, kWarpsN = kWarps / kWarpsM, kBlocks = kN / 8 / kWarpsN;
   // Products leave the registers through float32 tiles, so that one lane owns two columns and code isn't repeated for each
   // accumulator.  Half of a warp's columns at a time: a third block then fits into the shared memory of sm_90.
@@ -181,39 +181,49 @@ __device__ __forceinline__ void project(float (&acc)[Block<T, BM>::kBlocks][4], 
   const T* data = static_cast<const T*>(rows.data);
   const T* w = weight.of<T>(adapter);
   const int columns = least(round_up(r - r0, 16), kN), live = b.live(columns);
-  auto depth = [&](int64_t step) { return least(round_up(d - static_cast<int>(step) * kDepth, 16), kDepth); };
+  auto depth = [&](int k0) { return least(round_up(d - k0, 16), kDepth); };
   for (auto& block : acc)
     for (float& v : block) v = 0.f;
   pipeline<B::kStages>(
       divide_up(d, kDepth),
       [&](int64_t step, int stage) {
-        const int64_t k0 = step * kDepth;
-        load_tile<kDepth>(b.tile_a(stage), BM, depth(step), d - k0, rows.inner, [&](int i) {
+        const int k0 = static_cast<int>(step) * kDepth;
+        load_tile<kDepth>(b.tile_a(stage), BM, depth(k0), d - k0, rows.inner, [&](int i) {
           return b.table->row[i] < 0 ? nullptr : data + offsets[i] + k0 * rows.inner.stride;
         });
-        load_weight<TRANSPOSED>(b.tile_b(stage), w, weight.row, r0, columns, r, k0, depth(step), d);
+        load_weight<TRANSPOSED>(b.tile_b(stage), w, weight.row, r0, columns, r, k0, depth(k0), d);
       },
       [&](int64_t step, int stage) {
         if (!changed) return;
-        const int64_t k0 = step * kDepth;
-        change_tile<kDepth>(b.tile_a(stage), BM, depth(step), d - k0, rows.inner,
+        const int k0 = static_cast<int>(step) * kDepth;
+        change_tile<kDepth>(b.tile_a(stage), BM, depth(k0), d - k0, rows.inner,
                             [&](float v, int row, int column) { return f(v, row, k0 + column); });
       },
       [&](int64_t step, int stage) {
         float unused[4];
         const int n = b.warp_n * B::kBlocks * 8;
         multiply<B::kBlocks, false, TRANSPOSED, false>(acc, unused, b.tile_a(stage) + b.warp_m * 16 * B::kRowA, B::kRowA,
-                                                       b.tile_b(stage) + (TRANSPOSED ? n : n * kRowB), kRowB, depth(step), live);
+                                                       b.tile_b(stage) + (TRANSPOSED ? n : n * kRowB), kRowB,
+                                                       depth(static_cast<int>(step) * kDepth), live);
       });
 }
 
 // What the activation needs of a column of rank.
-struct HiddenColumn { float bias, skip; bool live; };
+struct HiddenColumn {
+  float bias, skip;
+  bool live, skips;  // without a skip an infinite z must not meet a zero
+
+  __device__ __forceinline__ float hidden(int activation, float z) const {
+    const float a = activate(activation, z);
+    return skips ? a + skip * z : a;
+  }
+};
 template <class T>
 __device__ __forceinline__ HiddenColumn hidden_column(const Bottleneck& p, int adapter, int column) {
-  if (column >= p.r) return HiddenColumn{0.f, 0.f, false};
+  if (column >= p.r) return HiddenColumn{0.f, 0.f, false, false};
   return HiddenColumn{p.down_bias.data ? p.down_bias.at<T>(adapter, column) : 0.f,
-                      p.hidden_skip.data ? p.hidden_skip.at<T>(column) : 0.f, true};
+                      p.hidden_skip.data ? p.hidden_skip.at<T>(column) : 0.f, true,
+                      p.hidden_skip.data != nullptr};
 }
 
 // z without its bias, for the 64 columns of rank r0.. .
@@ -221,7 +231,7 @@ template <class T, int BM>
 __device__ __forceinline__ void project_down(
     float (&acc)[Block<T, BM>::kBlocks][4], const Block<T, BM>& b, const Bottleneck& p, int adapter, int r0) {
   project<false>(acc, b, p.x, b.table->x, p.down, adapter, p.d, p.r, r0, p.norm_weight.data,
-                 [&](float v, int row, int64_t column) {
+                 [&](float v, int row, int column) {
                    v = (v - b.table->mean[row]) * b.table->rstd[row] * p.norm_weight.at<T>(column);
                    return p.norm_bias.data ? v + p.norm_bias.at<T>(column) : v;
                  });
@@ -340,8 +350,8 @@ bottleneck_fwd_kernel(const __grid_constant__ Bottleneck p) {
         float2 z = *reinterpret_cast<float2*>(b.tile_f(0) + row * B::kRowF + b.lane * 2);
         z.x += at_first.bias, z.y += at_second.bias;
         // Padding must be a zero, whatever infinities x holds.
-        store_pair(b.hidden + row * b.row_h + column, at_first.live ? activate(p.activation, z.x) + at_first.skip * z.x : 0.f,
-                   at_second.live ? activate(p.activation, z.y) + at_second.skip * z.y : 0.f, true, 2);
+        store_pair(b.hidden + row * b.row_h + column, at_first.live ? at_first.hidden(p.activation, z.x) : 0.f,
+                   at_second.live ? at_second.hidden(p.activation, z.y) : 0.f, true, 2);
       }
     }
     __syncthreads();

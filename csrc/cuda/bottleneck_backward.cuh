@@ -67,7 +67,7 @@ __device__ __forceinline__ HiddenElement backward_element(HiddenGradient& h, int
   h.sum_grad_skip += grad_hidden * z;
   // The LayerNorm's means of grad_n, in rank space: grad_n = grad_z @ down, with grad_z as the product will see it.
   const float rounded = to_float(from_float<T>(grad_z));
-  return HiddenElement{activate(activation, z) + h.at.skip * z, grad_z, rounded * h.by_weight, rounded * (product - h.by_bias)};
+  return HiddenElement{h.at.hidden(activation, z), grad_z, rounded * h.by_weight, rounded * (product - h.by_bias)};
 }
 
 // From the float32 tiles of products, 0 for z and 1 for grad_hidden, to grad_z in the hidden tile, the work rows and the sums.
@@ -147,7 +147,7 @@ bottleneck_bwd_rows_kernel(const __grid_constant__ Backward q) {
     if (q.needs_z) project_down(z, b, p, tile.adapter, r0);
     if (q.needs_grad_z)
       project<true>(grad, b, p.other, b.table->other, p.up, tile.adapter, p.d, p.r, r0, varies,
-                    [&](float v, int, int64_t column) { return v * p.scale_at<T>(column); });
+                    [&](float v, int, int column) { return v * p.scale_at<T>(column); });
     const int corner = b.warp_m * 16 * B::kRowF + b.warp_n * B::kBlocks * 8;
     write_blocks<0, B::kBlocks>(b.tile_f(0) + corner, B::kRowF, z);
     write_blocks<0, B::kBlocks>(b.tile_f(1) + corner, B::kRowF, grad);

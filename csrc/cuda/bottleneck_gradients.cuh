@@ -116,15 +116,19 @@ __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_sums_kernel(const 
   const Span span = split_rows(p.groups, adapter, split, w.sum_splits, 1);
   float sum = 0.f, product = 0.f;
   for (int64_t begin = span.begin; begin < span.end; begin += 32) {  // sums of sums, as in multiply
-    float part = 0.f, part_product = 0.f;
-    for (int64_t position = begin; position < least(begin + 32, span.end); position++) {
-      const int64_t row = p.groups.row(position);
-      const float grad = to_float(static_cast<const T*>(p.other.data)[p.other.offset(row) + c * p.other.inner.stride]);
-      part += grad;
-      if (w.grad_skip) part_product += grad * to_float(static_cast<const T*>(p.x.data)[p.x.offset(row) + c * p.x.inner.stride]);
-    }
-    sum += part;
-    product += part_product;
+    float part[4] = {}, part_product[4] = {};
+    for (int step = 0; step < 32; step += 4)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (begin + step + i >= span.end) break;
+        const int64_t row = p.groups.row(begin + step + i);
+        const float grad = to_float(static_cast<const T*>(p.other.data)[p.other.offset(row) + c * p.other.inner.stride]);
+        part[i] += grad;
+        if (w.grad_skip)
+          part_product[i] += grad * to_float(static_cast<const T*>(p.x.data)[p.x.offset(row) + c * p.x.inner.stride]);
+      }
+    sum += (part[0] + part[1]) + (part[2] + part[3]);
+    product += (part_product[0] + part_product[1]) + (part_product[2] + part_product[3]);
   }
   const int64_t at = (split * p.groups.g + adapter) * p.d + c;
   if (!w.up && w.grad_y) w.grad_y[at] = sum;

@@ -26,13 +26,21 @@ template <class I>
 constexpr __host__ __device__ I least(I a, I b) { return a < b ? a : b; }
 
 // Calls f(row, column) for the parts of a tile that belong to this thread: groups of V columns, the same in every call with
-// the same arguments.  `down` lets neighbouring threads go down a column, as memory with an inner stride likes it.
+// the same arguments.
 template <int COLUMNS, int V, class F>
-__device__ __forceinline__ void own_parts(int rows, int columns, bool down, F f) {
+__device__ __forceinline__ void own_vectors(int rows, int columns, F f) {
   constexpr int kPerRow = COLUMNS / V;
-  for (int i = threadIdx.x; i < rows * kPerRow; i += kThreads) {
-    const int row = down ? i % rows : i / kPerRow;
-    const int column = (down ? i / rows : i % kPerRow) * V;
+  const int column = threadIdx.x % kPerRow * V;  // kPerRow divides kThreads
+  if (column < columns)
+    for (int row = threadIdx.x / kPerRow; row < rows; row += kThreads / kPerRow) f(row, column);
+}
+
+// The same for single elements.  `down` lets neighbouring threads go down a column, as memory with an inner stride likes it.
+template <int COLUMNS, class F>
+__device__ __forceinline__ void own_elements(int rows, int columns, bool down, F f) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * COLUMNS; i += kThreads) {
+    const int row = down ? i % rows : i / COLUMNS, column = down ? i / rows : i % COLUMNS;
     if (column < columns) f(row, column);
   }
 }
@@ -46,18 +54,18 @@ struct Inner {
 // Starts to fill tile[rows][columns] from source(row), the address of a row's first column, or nullptr for a row of zeros.
 // Columns from `valid` on become zero.
 template <int COLUMNS, class T, class Source>
-__device__ __forceinline__ void load_tile(T* tile, int rows, int columns, int64_t valid, Inner inner, Source source) {
+__device__ __forceinline__ void load_tile(T* tile, int rows, int columns, int valid, Inner inner, Source source) {
   constexpr int kVector = Shape<T>::kVector, kRow = Shape<T>::padded(COLUMNS);
   if (inner.vector) {
-    own_parts<COLUMNS, kVector>(rows, columns, false, [&](int row, int column) {
+    own_vectors<COLUMNS, kVector>(rows, columns, [&](int row, int column) {
       const T* from = source(row);
-      const int64_t left = from ? valid - column : 0;
+      const int left = from ? valid - column : 0;
       T* to = tile + row * kRow + column;
-      if (left > 0) cp_async16(to, from + column, static_cast<int>(least<int64_t>(left * sizeof(T), 16)));
+      if (left > 0) cp_async16(to, from + column, least<int>(left * sizeof(T), 16));
       else *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
     });
   } else {
-    own_parts<COLUMNS, 1>(rows, columns, inner.stride != 1, [&](int row, int column) {
+    own_elements<COLUMNS>(rows, columns, inner.stride != 1, [&](int row, int column) {
       const T* from = source(row);
       tile[row * kRow + column] = from && column < valid ? from[column * inner.stride] : from_float<T>(0.f);
     });
@@ -66,25 +74,25 @@ __device__ __forceinline__ void load_tile(T* tile, int rows, int columns, int64_
 
 // Replaces the valid elements that this thread loaded by f(value, row, column).
 template <int COLUMNS, class T, class F>
-__device__ __forceinline__ void change_tile(T* tile, int rows, int columns, int64_t valid, Inner inner, F f) {
+__device__ __forceinline__ void change_tile(T* tile, int rows, int columns, int valid, Inner inner, F f) {
   constexpr int kVector = Shape<T>::kVector, kRow = Shape<T>::padded(COLUMNS);
   auto change = [&](int row, int column) {
     T& v = tile[row * kRow + column];
     if (column < valid) v = from_float<T>(f(to_float(v), row, column));
   };
   if (inner.vector)
-    own_parts<COLUMNS, kVector>(rows, columns, false, [&](int row, int column) {
+    own_vectors<COLUMNS, kVector>(rows, columns, [&](int row, int column) {
       for (int i = 0; i < kVector; i++) change(row, column + i);
     });
   else
-    own_parts<COLUMNS, 1>(rows, columns, inner.stride != 1, change);
+    own_elements<COLUMNS>(rows, columns, inner.stride != 1, change);
 }
 
 // Loads a weight tile for columns n0.. of the output and depth k0.. of the product.  The matrix is stored (n, k), or (k, n)
 // if TRANSPOSED; `row` is its leading dimension.  Weights are always 16-byte aligned.
 template <bool TRANSPOSED, class T>
 __device__ __forceinline__ void load_weight(
-    T* tile, const T* weight, int64_t row, int64_t n0, int n_extent, int64_t n, int64_t k0, int k_extent, int64_t k) {
+    T* tile, const T* weight, int64_t row, int n0, int n_extent, int n, int k0, int k_extent, int k) {
   const Inner inner{1, 1};
   if constexpr (TRANSPOSED)
     load_tile<kN>(tile, k_extent, n_extent, n - n0, inner, [&](int i) { return k0 + i < k ? weight + (k0 + i) * row + n0 : nullptr; });
@@ -102,6 +110,12 @@ __device__ __forceinline__ void load_four(float (&v)[4], const float* tile, int 
     const float4 four = *reinterpret_cast<const float4*>(tile + i * row + k);
     v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
   }
+}
+
+__device__ __forceinline__ float dot_four(const float (&a)[4], const float (&b)[4]) {
+  float sum = a[0] * b[0];
+  for (int i = 1; i < 4; i++) sum += a[i] * b[i];
+  return sum;
 }
 
 // acc += a @ b over `depth`, for 16 rows and NI * 8 columns of one warp, of which the first `live` blocks of 8 are wanted.
@@ -130,8 +144,10 @@ __device__ __forceinline__ void multiply(
         if (sums) mma_m16n8k16<T>(sum, fa, kOnes, kOnes);
     }
   } else {
+    // Sums of sums of four: one float32 sum over the whole depth would err more than PyTorch's.  The extra additions are free,
+    // this loop waits for shared memory.
     const int g = lane / 4, t = lane % 4 * 2;
-    float upper_sum = 0.f, lower_sum = 0.f;  // a sum of sums: the error of one long float32 sum would show
+    float part[NI][4] = {}, sums_upper[4] = {}, sums_lower[4] = {};
     for (int k = 0; k < depth; k += 4) {
       float upper[4], lower[4];
       load_four<TRANS_A>(upper, a, row_a, g, k);
@@ -142,23 +158,23 @@ __device__ __forceinline__ void multiply(
         float left[4], right[4];
         load_four<TRANS_B>(left, b, row_b, j * 8 + t, k);
         load_four<TRANS_B>(right, b, row_b, j * 8 + t + 1, k);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          acc[j][0] += upper[i] * left[i];
-          acc[j][1] += upper[i] * right[i];
-          acc[j][2] += lower[i] * left[i];
-          acc[j][3] += lower[i] * right[i];
-        }
+        part[j][0] += dot_four(upper, left);
+        part[j][1] += dot_four(upper, right);
+        part[j][2] += dot_four(lower, left);
+        part[j][3] += dot_four(lower, right);
       }
       if constexpr (SUM)
         for (int i = 0; i < 4; i++) {
-          upper_sum += upper[i];
-          lower_sum += lower[i];
+          sums_upper[i] += upper[i];
+          sums_lower[i] += lower[i];
         }
     }
+#pragma unroll
+    for (int j = 0; j < NI; j++)
+      for (int i = 0; i < 4; i++) acc[j][i] += part[j][i];
     if constexpr (SUM) {
-      sum[0] += upper_sum;
-      sum[2] += lower_sum;
+      sum[0] += (sums_upper[0] + sums_upper[1]) + (sums_upper[2] + sums_upper[3]);
+      sum[2] += (sums_lower[0] + sums_lower[1]) + (sums_lower[2] + sums_lower[3]);
     }
   }
 }
@@ -167,20 +183,23 @@ __device__ __forceinline__ void multiply(
 // use(step, stage) what all did.  Ends with every stage free again.
 template <int STAGES, class Load, class Own, class Use>
 __device__ __forceinline__ void pipeline(int64_t steps, Load load, Own own, Use use) {
-  for (int s = 0; s < STAGES - 1; s++) {
-    if (s < steps) load(int64_t{s}, s);
-    cp_async_commit();
-  }
-  int stage = 0;
-  for (int64_t step = 0; step < steps; step++) {
-    cp_async_wait<STAGES - 2>();
-    own(step, stage);
-    __syncthreads();
+  int stage = 0, next = 0;
+  // The steps before 0 only fill the ring: one loop, because the code of load is long.
+#pragma unroll 1
+  for (int64_t step = 1 - STAGES; step < steps; step++) {
+    if (step >= 0) {
+      cp_async_wait<STAGES - 2>();
+      own(step, stage);
+      __syncthreads();
+    }
     // The stage filled now was used in the step before; the barrier has just shown that all threads left it.
-    if (step + STAGES - 1 < steps) load(step + STAGES - 1, (stage + STAGES - 1) % STAGES);
+    if (step + STAGES - 1 < steps) load(step + STAGES - 1, next);
     cp_async_commit();
-    use(step, stage);
-    stage = (stage + 1) % STAGES;
+    next = next + 1 == STAGES ? 0 : next + 1;
+    if (step >= 0) {
+      use(step, stage);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
   }
   cp_async_wait<0>();
   __syncthreads();

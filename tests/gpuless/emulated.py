@@ -1,4 +1,4 @@
-"""The CUDA kernels of bottleneck on the CPU: builds tests/gpuless/bottleneck_emulated.cpp and calls it on CPU tensors."""
+"""The CUDA kernels of bottleneck on the CPU: builds bottleneck_emulated.cpp and offers its plans as leaf ops."""
 
 import ctypes
 import subprocess
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+CUDA = HERE.parents[1] / "csrc/cuda"
 KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -20,65 +21,68 @@ class Array(ctypes.Structure):
     def of(cls, tensor):
         if tensor is None:
             return cls()
-        dims = tensor.dim()
-        numbers = ctypes.c_int64 * max(dims, 1)
-        return cls(tensor.data_ptr(), KINDS.index(tensor.dtype), dims, numbers(*tensor.shape), numbers(*tensor.stride()))
+        numbers = ctypes.c_int64 * max(tensor.dim(), 1)
+        sizes, strides = numbers(*tensor.shape), numbers(*tensor.stride())
+        return cls(tensor.data_ptr(), KINDS.index(tensor.dtype), tensor.dim(), sizes, strides)
 
 
 class Arguments(ctypes.Structure):
-    TENSORS = (
-        "x", "other", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
-        "hidden_skip_weight", "adapter_ids",
-    )  # fmt: skip
-    _fields_ = [(name, Array) for name in TENSORS] + [
+    """``Arguments`` of csrc/cuda/bottleneck_plan.cuh; ``other`` is the residual or ``grad_y``."""
+
+    _fields_ = [
+        *((name, Array) for name in (
+            "x", "other", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
+            "hidden_skip_weight", "adapter_ids",
+        )),
         ("scale_value", ctypes.c_float), ("norm_eps", ctypes.c_float), ("activation", ctypes.c_int), ("add_x", ctypes.c_int),
     ]  # fmt: skip
 
 
-class Outputs(ctypes.Structure):
-    TENSORS = (
-        "x", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
-        "hidden_skip_weight",
-    )  # fmt: skip
-    _fields_ = [(name, Array) for name in TENSORS]
-
-
 class Emulated:
-    """``multiprocessors`` and ``shared_limit`` describe the device whose plan runs; few multiprocessors mean large tiles."""
+    """Implementations of the leaves of bottleneck.
 
-    def __init__(self, folder: Path, *flags: str):
-        library = folder / "bottleneck_emulated.so"
-        command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", *flags]
-        command += ["-I", ROOT / "tests/gpuless", "-I", ROOT / "csrc/cuda", ROOT / "tests/gpuless/bottleneck_emulated.cpp"]
-        subprocess.run([*command, "-o", library], check=True)
+    ``multiprocessors`` and ``shared_limit`` describe the device that the kernels are planned for: few multiprocessors mean
+    large tiles and few splits. ``schedule`` numbers the order in which the emulator runs blocks, warps and lanes.
+    """
+
+    def __init__(self, library: Path, multiprocessors=1, shared_limit=99 * 1024, schedule=0):
         self.library = ctypes.CDLL(str(library))
-
-    def _call(self, function, *args, multiprocessors, shared_limit, schedule):
-        function = getattr(self.library, function)
-        function.restype = ctypes.c_char_p
-        device = ctypes.c_int(multiprocessors), ctypes.c_int(shared_limit), ctypes.c_uint64(schedule)
-        if error := function(*args, *device):
-            raise RuntimeError(error.decode())
+        self.device = ctypes.c_int(multiprocessors), ctypes.c_int(shared_limit), ctypes.c_uint64(schedule)
 
     @staticmethod
-    def _arguments(tensors, scale, activation, add_x, norm_eps):
-        tensors = dict(tensors, scale=scale if isinstance(scale, torch.Tensor) else None)
-        value = 1.0 if isinstance(scale, torch.Tensor) else scale
-        return Arguments(*(Array.of(tensors.get(name)) for name in Arguments.TENSORS), value, norm_eps, activation, add_x)
+    def build(library: Path, headers: Path = CUDA, *flags: str) -> Path:
+        # With -march=native the compiler contracts a * b + c to one rounding, as nvcc does.
+        command = ["g++", "-std=c++17", "-O1", "-march=native", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", *flags]
+        subprocess.run([*command, "-I", HERE, "-I", headers, HERE / "bottleneck_emulated.cpp", "-o", library], check=True)
+        return library
 
-    def forward(self, x, *, residual=None, scale=1.0, activation=0, norm_eps=1e-5, device, **tensors):
-        add_x = residual is x
-        tensors = dict(tensors, x=x, other=None if add_x else residual)
+    def _call(
+        self, direction, out, other, x, down_weight, up_weight, down_bias, up_bias, add_x, scale, scale_value, activation,
+        norm_weight, norm_bias, norm_eps, skip_weight, hidden_skip_weight, adapter_ids,
+    ):  # fmt: skip
+        tensors = (
+            x, other, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight,
+            adapter_ids,
+        )  # fmt: skip
+        arguments = Arguments(*map(Array.of, tensors), scale_value, norm_eps, activation, add_x)
+        function = getattr(self.library, f"emulated_bottleneck_{direction}")
+        function.restype = ctypes.c_char_p
+        if error := function(ctypes.byref(arguments), out, *self.device):
+            raise RuntimeError(error.decode())
+
+    def bottleneck_fwd(self, x, down_weight, up_weight, down_bias, up_bias, residual, *rest):
         y = torch.full(x.shape, float("nan"), dtype=x.dtype)
-        arguments = self._arguments(tensors, scale, activation, add_x, norm_eps)
-        self._call("emulated_bottleneck_fwd", ctypes.byref(arguments), ctypes.c_void_p(y.data_ptr()), **device)
+        out = ctypes.c_void_p(y.data_ptr())
+        self._call("fwd", out, residual, x, down_weight, up_weight, down_bias, up_bias, *rest)
         return y
 
-    def backward(self, grad_y, x, wanted, *, add_x=True, scale=1.0, activation=0, norm_eps=1e-5, device, **tensors):
-        """The gradients named in ``wanted``, by name; the others aren't touched."""
-        arguments = self._arguments(dict(tensors, x=x, other=grad_y), scale, activation, add_x, norm_eps)
-        inputs = dict(tensors, x=x, scale=scale)
-        grads = {name: torch.full(inputs[name].shape, float("nan"), dtype=inputs[name].dtype) for name in wanted}
-        outputs = Outputs(*(Array.of(grads.get(name)) for name in Outputs.TENSORS))
-        self._call("emulated_bottleneck_bwd", ctypes.byref(arguments), ctypes.byref(outputs), **device)
+    def bottleneck_bwd(self, grad_y, x, *rest):
+        *parameters, mask = rest
+        down_weight, up_weight, down_bias, up_bias, _, scale, _, _, norm_weight, norm_bias, _, skip, hidden_skip, _ = parameters
+        inputs = (x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip, hidden_skip)
+        grads = tuple(
+            torch.full(t.shape, float("nan"), dtype=t.dtype) if wanted else x.new_empty(0) for t, wanted in zip(inputs, mask)
+        )
+        outputs = (Array * len(grads))(*(Array.of(grad if wanted and grad.numel() else None) for grad, wanted in zip(grads, mask)))
+        self._call("bwd", outputs, grad_y, x, *parameters)
         return grads
