@@ -29,7 +29,8 @@ Kind kind_of_scalar(ScalarType type, const char* name) {
 }
 
 Array as_array(const Tensor& t, const char* name) {
-  return Array{t.data_ptr(), kind_of_scalar(t.scalar_type(), name), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
+  return Array{
+      t.data_ptr(), kind_of_scalar(t.scalar_type(), name), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
 }
 
 // Checks a parameter: on the device of x, in the dtype of x or float32, of the given shape.
@@ -47,14 +48,15 @@ struct Checker {
   }
   void like_x(const Tensor& t, const char* name) const {
     device(t, name);
-    FA_CHECK(t.scalar_type() == x.scalar_type() && t.sizes().equals(x.sizes()), kOp, ": ", name, " must have the shape and dtype of x");
+    FA_CHECK(t.scalar_type() == x.scalar_type() && t.sizes().equals(x.sizes()), kOp, ": ", name,
+        " must have the shape and dtype of x");
   }
   Array parameter(const Optional& t, const char* name, std::initializer_list<int64_t> sizes) const {
     if (!t) return Array{};
     device(*t, name);
     shape(*t, name, sizes);
     FA_CHECK(t->scalar_type() == x.scalar_type() || t->scalar_type() == ScalarType::Float, kOp, ": ", name,
-             " must have the dtype of x or float32");
+        " must have the dtype of x or float32");
     return as_array(*t, name);
   }
 };
@@ -77,7 +79,7 @@ Arguments check(const Call& c, const Optional& other, const char* other_name) {
   FA_CHECK(x.is_cuda(), kOp, ": x must be on a CUDA device");
   const ScalarType type = x.scalar_type();
   FA_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, kOp,
-           ": x must be float16, bfloat16 or float32 on CUDA, got ", torch::headeronly::toString(type));
+      ": x must be float16, bfloat16 or float32 on CUDA, got ", torch::headeronly::toString(type));
   FA_CHECK(x.dim() >= 1, kOp, ": x must be (..., d), got a 0-d tensor");
   const bool bank = c.ids.has_value();
   FA_CHECK(c.down_weight.dim() == (bank ? 3 : 2), kOp, ": down_weight must be (r, d), or (g, r, d) with adapter_ids");
@@ -129,11 +131,11 @@ void run(const Tensor& x, Plan plan) {
   torch::stable::accelerator::DeviceGuard guard(index);
   std::deque<Tensor> workspace;  // freed with the call; the allocator keeps the memory until the stream is past it
   const Device device{device_attribute(cudaDevAttrMultiProcessorCount, index),
-                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index), current_stream(index), [&](int64_t bytes) {
-                        const int64_t size[] = {bytes};
-                        workspace.push_back(torch::stable::new_empty(x, {size, 1}, ScalarType::Byte));
-                        return workspace.back().mutable_data_ptr();
-                      }};
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index), current_stream(index), [&](int64_t bytes) {
+        const int64_t size[] = {bytes};
+        workspace.push_back(torch::stable::new_empty(x, {size, 1}, ScalarType::Byte));
+        return workspace.back().mutable_data_ptr();
+      }};
   const char* error = x.scalar_type() == ScalarType::Float  ? plan(float{}, device)
                       : x.scalar_type() == ScalarType::Half ? plan(f16{}, device)
                                                             : plan(bf16{}, device);
@@ -141,13 +143,12 @@ void run(const Tensor& x, Plan plan) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor bottleneck_fwd_cuda(
-    const Tensor& x, const Tensor& down_weight, const Tensor& up_weight, const Optional& down_bias, const Optional& up_bias,
-    const Optional& residual, bool add_x, const Optional& scale, double scale_value, int64_t activation,
-    const Optional& norm_weight, const Optional& norm_bias, double norm_eps, const Optional& skip_weight,
+Tensor bottleneck_fwd_cuda(const Tensor& x, const Tensor& down_weight, const Tensor& up_weight, const Optional& down_bias,
+    const Optional& up_bias, const Optional& residual, bool add_x, const Optional& scale, double scale_value,
+    int64_t activation, const Optional& norm_weight, const Optional& norm_bias, double norm_eps, const Optional& skip_weight,
     const Optional& hidden_skip_weight, const Optional& adapter_ids) {
   const Call call{x, down_weight, up_weight, down_bias, up_bias, add_x, scale, scale_value, activation, norm_weight, norm_bias,
-                  norm_eps, skip_weight, hidden_skip_weight, adapter_ids};
+      norm_eps, skip_weight, hidden_skip_weight, adapter_ids};
   const Arguments a = check(call, residual, "residual");
   Tensor y = torch::stable::new_empty(x, x.sizes());
   if (y.numel() == 0) return y;
@@ -157,19 +158,19 @@ Tensor bottleneck_fwd_cuda(
 
 using Ten = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Ten bottleneck_bwd_cuda(
-    const Tensor& grad_y, const Tensor& x, const Tensor& down_weight, const Tensor& up_weight, const Optional& down_bias,
-    const Optional& up_bias, bool add_x, const Optional& scale, double scale_value, int64_t activation,
-    const Optional& norm_weight, const Optional& norm_bias, double norm_eps, const Optional& skip_weight,
+Ten bottleneck_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& down_weight, const Tensor& up_weight,
+    const Optional& down_bias, const Optional& up_bias, bool add_x, const Optional& scale, double scale_value,
+    int64_t activation, const Optional& norm_weight, const Optional& norm_bias, double norm_eps, const Optional& skip_weight,
     const Optional& hidden_skip_weight, const Optional& adapter_ids, const std::vector<bool>& output_mask) {
   const Call call{x, down_weight, up_weight, down_bias, up_bias, add_x, scale, scale_value, activation, norm_weight, norm_bias,
-                  norm_eps, skip_weight, hidden_skip_weight, adapter_ids};
+      norm_eps, skip_weight, hidden_skip_weight, adapter_ids};
   const Arguments a = check(call, grad_y, "grad_y");
   FA_CHECK(output_mask.size() == 10, kOp, ": output_mask must have 10 entries, got ", output_mask.size());
-  const Optional inputs[10] = {x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight};
+  const Optional inputs[10] = {
+      x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight};
   Outputs outputs;
   Array* arrays[10] = {&outputs.x, &outputs.down_weight, &outputs.up_weight, &outputs.down_bias, &outputs.up_bias,
-                       &outputs.scale, &outputs.norm_weight, &outputs.norm_bias, &outputs.skip, &outputs.hidden_skip};
+      &outputs.scale, &outputs.norm_weight, &outputs.norm_bias, &outputs.skip, &outputs.hidden_skip};
   std::vector<Tensor> grads;
   grads.reserve(10);
   const int64_t none[] = {0};

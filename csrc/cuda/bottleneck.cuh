@@ -64,7 +64,8 @@ struct Block {
   static constexpr int kTileA = BM * (kRowA > kRowE ? kRowA : kRowE);
   static constexpr int kTileB = kN * kRowA > kDepth * kRowE ? kN * kRowA : kDepth * kRowE;
   static constexpr int kStage = kTileA + kTileB;
-  static constexpr int kPerMultiprocessor = BM < 64 ? 4 : sizeof(T) == 2 ? 3 : 2;  // left alone, the compiler spills to save registers
+  // Blocks at once: left alone, the compiler spills to save registers.
+  static constexpr int kPerMultiprocessor = BM < 64 ? 4 : sizeof(T) == 2 ? 3 : 2;
   static constexpr int kWarpsM = BM / 16, kWarpsN = kWarps / kWarpsM, kBlocks = kN / 8 / kWarpsN;
   // Products leave the registers through float32 tiles, so that one lane owns two columns and code isn't repeated for each
   // accumulator.  Half of a warp's columns at a time: a third block then fits into the shared memory of sm_90.
@@ -121,7 +122,9 @@ __device__ __forceinline__ void write_blocks(float* tile, int row, const float (
 
 // Two neighbours of one row, stored at once where `both` says that they exist and lie on an even element.
 template <class T>
-struct alignas(2 * sizeof(T)) Pair { T first, second; };
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
 
 template <class T>
 __device__ __forceinline__ void store_pair(T* to, float first, float second, bool together, int64_t left) {
@@ -174,8 +177,7 @@ __device__ void row_statistics(const Block<T, BM>& b, const Bottleneck& p) {
 // TRANSPOSED; f, applied where `changed`, maps an element (value, row, column) of the rows before the product.
 template <bool TRANSPOSED, class T, int BM, class F>
 __device__ __forceinline__ void project(float (&acc)[Block<T, BM>::kBlocks][4], const Block<T, BM>& b, const Rows& rows,
-                                        const int64_t* offsets, const Weight& weight, int adapter, int d, int r, int r0,
-                                        bool changed, F f) {
+    const int64_t* offsets, const Weight& weight, int adapter, int d, int r, int r0, bool changed, F f) {
   using B = Block<T, BM>;
   constexpr int kDepth = B::kDepth, kRowB = TRANSPOSED ? B::kRowE : B::kRowA;
   const T* data = static_cast<const T*>(rows.data);
@@ -188,23 +190,21 @@ __device__ __forceinline__ void project(float (&acc)[Block<T, BM>::kBlocks][4], 
       divide_up(d, kDepth),
       [&](int64_t step, int stage) {
         const int k0 = static_cast<int>(step) * kDepth;
-        load_tile<kDepth>(b.tile_a(stage), BM, depth(k0), d - k0, rows.inner, [&](int i) {
-          return b.table->row[i] < 0 ? nullptr : data + offsets[i] + k0 * rows.inner.stride;
-        });
+        load_tile<kDepth>(b.tile_a(stage), BM, depth(k0), d - k0, rows.inner,
+            [&](int i) { return b.table->row[i] < 0 ? nullptr : data + offsets[i] + k0 * rows.inner.stride; });
         load_weight<TRANSPOSED>(b.tile_b(stage), w, weight.row, r0, columns, r, k0, depth(k0), d);
       },
       [&](int64_t step, int stage) {
         if (!changed) return;
         const int k0 = static_cast<int>(step) * kDepth;
         change_tile<kDepth>(b.tile_a(stage), BM, depth(k0), d - k0, rows.inner,
-                            [&](float v, int row, int column) { return f(v, row, k0 + column); });
+            [&](float v, int row, int column) { return f(v, row, k0 + column); });
       },
       [&](int64_t step, int stage) {
         float unused[4];
         const int n = b.warp_n * B::kBlocks * 8;
         multiply<B::kBlocks, false, TRANSPOSED, false>(acc, unused, b.tile_a(stage) + b.warp_m * 16 * B::kRowA, B::kRowA,
-                                                       b.tile_b(stage) + (TRANSPOSED ? n : n * kRowB), kRowB,
-                                                       depth(static_cast<int>(step) * kDepth), live);
+            b.tile_b(stage) + (TRANSPOSED ? n : n * kRowB), kRowB, depth(static_cast<int>(step) * kDepth), live);
       });
 }
 
@@ -222,25 +222,23 @@ template <class T>
 __device__ __forceinline__ HiddenColumn hidden_column(const Bottleneck& p, int adapter, int column) {
   if (column >= p.r) return HiddenColumn{0.f, 0.f, false, false};
   return HiddenColumn{p.down_bias.data ? p.down_bias.at<T>(adapter, column) : 0.f,
-                      p.hidden_skip.data ? p.hidden_skip.at<T>(column) : 0.f, true,
-                      p.hidden_skip.data != nullptr};
+      p.hidden_skip.data ? p.hidden_skip.at<T>(column) : 0.f, true, p.hidden_skip.data != nullptr};
 }
 
 // z without its bias, for the 64 columns of rank r0.. .
 template <class T, int BM>
 __device__ __forceinline__ void project_down(
     float (&acc)[Block<T, BM>::kBlocks][4], const Block<T, BM>& b, const Bottleneck& p, int adapter, int r0) {
-  project<false>(acc, b, p.x, b.table->x, p.down, adapter, p.d, p.r, r0, p.norm_weight.data,
-                 [&](float v, int row, int column) {
-                   v = (v - b.table->mean[row]) * b.table->rstd[row] * p.norm_weight.at<T>(column);
-                   return p.norm_bias.data ? v + p.norm_bias.at<T>(column) : v;
-                 });
+  project<false>(acc, b, p.x, b.table->x, p.down, adapter, p.d, p.r, r0, p.norm_weight.data, [&](float v, int row, int column) {
+    v = (v - b.table->mean[row]) * b.table->rstd[row] * p.norm_weight.at<T>(column);
+    return p.norm_bias.data ? v + p.norm_bias.at<T>(column) : v;
+  });
 }
 
 // The epilogue of one output tile: a warp passes its 16 rows through its float32 part, a lane keeps two columns.
 template <class T, int BM, class Prepare, class F>
 __device__ __forceinline__ void write_output(const Block<T, BM>& b, const Bottleneck& p, const T* e, int n0,
-                                             const float (&acc)[Block<T, BM>::kBlocks][4], Prepare prepare, F f) {
+    const float (&acc)[Block<T, BM>::kBlocks][4], Prepare prepare, F f) {
   using B = Block<T, BM>;
   constexpr int kLanes = B::kPart * 4;  // lanes a row
   const bool together = p.d % 2 == 0;
@@ -256,8 +254,8 @@ __device__ __forceinline__ void write_output(const Block<T, BM>& b, const Bottle
         const float2 v = *reinterpret_cast<const float2*>(b.part + i * B::kRowPart + b.lane % kLanes * 2);
         const T* extra = e ? e + row * B::kRowE + column : nullptr;
         store_pair(static_cast<T*>(p.out) + b.table->row[row] * p.d + n0 + column,
-                   f(v.x, at_first, row, n0 + column, extra ? to_float(extra[0]) : 0.f),
-                   f(v.y, at_second, row, n0 + column + (left > 1), extra ? to_float(extra[1]) : 0.f), together, left);
+            f(v.x, at_first, row, n0 + column, extra ? to_float(extra[0]) : 0.f),
+            f(v.y, at_second, row, n0 + column + (left > 1), extra ? to_float(extra[1]) : 0.f), together, left);
       }
     }
     __syncwarp();
@@ -275,7 +273,7 @@ __device__ __forceinline__ void write_output(const Block<T, BM>& b, const Bottle
 // with e that of `extra`, or 0 if `extra` is nullptr.
 template <bool TRANSPOSED, class T, int BM, class Prepare, class F>
 __device__ __forceinline__ void expand(const Block<T, BM>& b, const Bottleneck& p, const Weight& weight, int adapter,
-                                       const Rows* extra, const int64_t* offsets, Prepare prepare, F f) {
+    const Rows* extra, const int64_t* offsets, Prepare prepare, F f) {
   using B = Block<T, BM>;
   constexpr int kDepth = B::kDepth, kRowB = TRANSPOSED ? B::kRowE : B::kRowA;
   const int d = p.d, r = p.r, parts = p.r > 0 ? static_cast<int>(divide_up(r, kDepth)) : 1;
@@ -290,8 +288,7 @@ __device__ __forceinline__ void expand(const Block<T, BM>& b, const Bottleneck& 
         load_weight<TRANSPOSED>(b.tile_b(stage), w, weight.row, n0, columns(n0), d, part * kDepth, depth(part), r);
         if (extra && part == parts - 1)
           load_tile<kN>(b.tile_a(stage), BM, columns(n0), d - n0, extra->inner, [&](int i) {
-            return b.table->row[i] < 0 ? nullptr
-                                       : static_cast<const T*>(extra->data) + offsets[i] + n0 * extra->inner.stride;
+            return b.table->row[i] < 0 ? nullptr : static_cast<const T*>(extra->data) + offsets[i] + n0 * extra->inner.stride;
           });
       },
       [](int64_t, int) {},
@@ -299,8 +296,7 @@ __device__ __forceinline__ void expand(const Block<T, BM>& b, const Bottleneck& 
         const int n0 = static_cast<int>(step / parts) * kN, part = static_cast<int>(step % parts);
         const int n = b.warp_n * B::kBlocks * 8;
         float unused[4];
-        multiply<B::kBlocks, false, TRANSPOSED, false>(
-            acc, unused, b.hidden + b.warp_m * 16 * b.row_h + part * kDepth, b.row_h,
+        multiply<B::kBlocks, false, TRANSPOSED, false>(acc, unused, b.hidden + b.warp_m * 16 * b.row_h + part * kDepth, b.row_h,
             b.tile_b(stage) + (TRANSPOSED ? n : n * kRowB), kRowB, depth(part), b.live(columns(n0)));
         if (part < parts - 1) return;
         write_output(b, p, extra ? b.tile_a(stage) : nullptr, n0, acc, prepare, f);
@@ -311,7 +307,8 @@ __device__ __forceinline__ void expand(const Block<T, BM>& b, const Bottleneck& 
 
 // Rows without an adapter pass `source` through, or become zero; rows of an id outside the bank become NaN.
 template <class T, int BM>
-__device__ void pass_rows(const Block<T, BM>& b, const Bottleneck& p, bool invalid, const Rows* source, const int64_t* offsets) {
+__device__ void pass_rows(
+    const Block<T, BM>& b, const Bottleneck& p, bool invalid, const Rows* source, const int64_t* offsets) {
   T* out = static_cast<T*>(p.out);
   for (int i = 0; i < BM; i++) {
     if (b.table->row[i] < 0) break;
@@ -325,7 +322,7 @@ __device__ void pass_rows(const Block<T, BM>& b, const Bottleneck& p, bool inval
 // One block computes BM rows of y.  The hidden tile stays in shared memory; x is read twice, the second time from the cache.
 template <class T, int BM>
 __global__ void __launch_bounds__(kThreads, Block<T, BM>::kPerMultiprocessor)
-bottleneck_fwd_kernel(const __grid_constant__ Bottleneck p) {
+    bottleneck_fwd_kernel(const __grid_constant__ Bottleneck p) {
   FA_DYNAMIC_SHARED(shared);
   using B = Block<T, BM>;
   const B b(shared, p.r);
@@ -344,14 +341,15 @@ bottleneck_fwd_kernel(const __grid_constant__ Bottleneck p) {
     __syncthreads();
     const int column = r0 + b.lane * 2;
     if (column < round_up(p.r, 16)) {
-      const auto at_first = hidden_column<T>(p, tile.adapter, column), at_second = hidden_column<T>(p, tile.adapter, column + 1);
+      const auto at_first = hidden_column<T>(p, tile.adapter, column),
+                 at_second = hidden_column<T>(p, tile.adapter, column + 1);
 #pragma unroll 1
       for (int row = b.warp; row < BM; row += kWarps) {
         float2 z = *reinterpret_cast<float2*>(b.tile_f(0) + row * B::kRowF + b.lane * 2);
         z.x += at_first.bias, z.y += at_second.bias;
         // Padding must be a zero, whatever infinities x holds.
         store_pair(b.hidden + row * b.row_h + column, at_first.live ? at_first.hidden(p.activation, z.x) : 0.f,
-                   at_second.live ? at_second.hidden(p.activation, z.y) : 0.f, true, 2);
+            at_second.live ? at_second.hidden(p.activation, z.y) : 0.f, true, 2);
       }
     }
     __syncthreads();
@@ -359,18 +357,22 @@ bottleneck_fwd_kernel(const __grid_constant__ Bottleneck p) {
 
   const bool from_other = p.other.data, add = from_other || p.add_x;
   const Rows* extra = add ? residual : p.skip.data ? &p.x : nullptr;
-  struct Column { float bias, scale, skip; };
+  struct Column {
+    float bias, scale, skip;
+  };
   expand<false>(
       b, p, p.up, tile.adapter, extra, from_other ? b.table->other : b.table->x,
       [&](int column) {
         return Column{p.up_bias.data ? p.up_bias.at<T>(tile.adapter, column) : 0.f, p.scale_at<T>(column),
-                      p.skip.data ? p.skip.at<T>(column) : 0.f};
+            p.skip.data ? p.skip.at<T>(column) : 0.f};
       },
       [&](float u, const Column& at, int row, int column, float e) {
         float y = at.scale * (u + at.bias);
         if (add) y += e;
         if (!p.skip.data) return y;
-        return y + at.skip * (from_other ? to_float(static_cast<const T*>(p.x.data)[b.table->x[row] + column * p.x.inner.stride]) : e);
+        return y +
+               at.skip *
+                   (from_other ? to_float(static_cast<const T*>(p.x.data)[b.table->x[row] + column * p.x.inner.stride]) : e);
       });
 }
 

@@ -10,9 +10,9 @@ struct Backward {
   // Work rows in the order of positions, (m, work_row); nullptr where no weight gradient needs them.
   void *hidden, *grad_z;
   int64_t work_row;
-  float* statistics;       // (m, 2): mean and rstd of a position, for the weight gradients
-  float* norm_products;    // (g, 2, r): down @ norm_weight and down @ norm_bias
-  float* hidden_sums;      // (tiles, 2, r): column sums of grad_z and of grad_hidden * z
+  float* statistics;     // (m, 2): mean and rstd of a position, for the weight gradients
+  float* norm_products;  // (g, 2, r): down @ norm_weight and down @ norm_bias
+  float* hidden_sums;    // (tiles, 2, r): column sums of grad_z and of grad_hidden * z
 };
 
 // A warp for each adapter and rank.
@@ -55,7 +55,9 @@ __device__ __forceinline__ HiddenGradient hidden_gradient(const Backward& q, int
   return h;
 }
 
-struct HiddenElement { float hidden, grad_z, sum, sum_xhat; };
+struct HiddenElement {
+  float hidden, grad_z, sum, sum_xhat;
+};
 
 // One element of the hidden tile from its products; adds to the sums of its column.
 template <class T>
@@ -72,7 +74,8 @@ __device__ __forceinline__ HiddenElement backward_element(HiddenGradient& h, int
 
 // From the float32 tiles of products, 0 for z and 1 for grad_hidden, to grad_z in the hidden tile, the work rows and the sums.
 template <class T, int BM>
-__device__ __forceinline__ void backward_hidden(const Block<T, BM>& b, const Backward& q, const Tile& tile, int r0, float factor) {
+__device__ __forceinline__ void backward_hidden(
+    const Block<T, BM>& b, const Backward& q, const Tile& tile, int r0, float factor) {
   using B = Block<T, BM>;
   const Bottleneck& p = q.p;
   const int column = r0 + b.lane * 2, left = p.r - column;
@@ -120,7 +123,7 @@ __device__ __forceinline__ void backward_hidden(const Block<T, BM>& b, const Bac
 // One block computes BM rows of grad_x, and the hidden activations and grad_z of those rows where they are wanted.
 template <class T, int BM>
 __global__ void __launch_bounds__(kThreads, Block<T, BM>::kPerMultiprocessor)
-bottleneck_bwd_rows_kernel(const __grid_constant__ Backward q) {
+    bottleneck_bwd_rows_kernel(const __grid_constant__ Backward q) {
   FA_DYNAMIC_SHARED(shared);
   using B = Block<T, BM>;
   const Bottleneck& p = q.p;
@@ -147,7 +150,7 @@ bottleneck_bwd_rows_kernel(const __grid_constant__ Backward q) {
     if (q.needs_z) project_down(z, b, p, tile.adapter, r0);
     if (q.needs_grad_z)
       project<true>(grad, b, p.other, b.table->other, p.up, tile.adapter, p.d, p.r, r0, varies,
-                    [&](float v, int, int column) { return v * p.scale_at<T>(column); });
+          [&](float v, int, int column) { return v * p.scale_at<T>(column); });
     const int corner = b.warp_m * 16 * B::kRowF + b.warp_n * B::kBlocks * 8;
     write_blocks<0, B::kBlocks>(b.tile_f(0) + corner, B::kRowF, z);
     write_blocks<0, B::kBlocks>(b.tile_f(1) + corner, B::kRowF, grad);
@@ -157,13 +160,15 @@ bottleneck_bwd_rows_kernel(const __grid_constant__ Backward q) {
   }
   if (!p.out) return;
 
-  struct Column { float weight, direct; };
+  struct Column {
+    float weight, direct;
+  };
   const bool norm = p.norm_weight.data, direct = p.add_x || p.skip.data;
   expand<true>(
       b, p, p.down, tile.adapter, direct ? &p.other : nullptr, b.table->other,
       [&](int column) {
-        return Column{norm ? p.norm_weight.at<T>(column) : 1.f,
-                      (p.add_x ? 1.f : 0.f) + (p.skip.data ? p.skip.at<T>(column) : 0.f)};
+        return Column{
+            norm ? p.norm_weight.at<T>(column) : 1.f, (p.add_x ? 1.f : 0.f) + (p.skip.data ? p.skip.at<T>(column) : 0.f)};
       },
       [&](float grad, const Column& at, int row, int column, float grad_y) {
         if (norm) {

@@ -20,7 +20,9 @@ struct Gradients {
   int weight_is_float;
 };
 
-struct Span { int64_t begin, end; };
+struct Span {
+  int64_t begin, end;
+};
 
 // The positions of one split of an adapter's rows.
 __device__ __forceinline__ Span split_rows(const Groups& groups, int adapter, int64_t split, int64_t splits, int step) {
@@ -59,7 +61,9 @@ __global__ void __launch_bounds__(kThreads, 3) bottleneck_bwd_weights_kernel(con
   const bool sums = is_up && w.grad_y && r0 == 0, normed = !is_up && p.norm_weight.data;
   const int columns_d = least(round_up(p.d - c0, 16), kN), columns_r = least(round_up(p.r - r0, 16), kN);
   T* stages = reinterpret_cast<T*>(shared);
-  auto depth = [&](int64_t step) { return static_cast<int>(least<int64_t>(divide_up(span.end - span.begin - step * O::kDepth, 16) * 16, O::kDepth)); };
+  auto depth = [&](int64_t step) {
+    return static_cast<int>(least<int64_t>(divide_up(span.end - span.begin - step * O::kDepth, 16) * 16, O::kDepth));
+  };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, live = (columns_r + 7) / 8;
 
   float acc[8][4] = {}, sum[4] = {};
@@ -71,17 +75,15 @@ __global__ void __launch_bounds__(kThreads, 3) bottleneck_bwd_weights_kernel(con
         load_tile<kN>(tile, depth(step), columns_d, p.d - c0, rows.inner, [&](int i) {
           return begin + i < span.end ? data + rows.offset(p.groups.row(begin + i)) + c0 * rows.inner.stride : nullptr;
         });
-        load_tile<kN>(tile + O::kTile, depth(step), columns_r, p.r - r0, Inner{1, 1}, [&](int i) {
-          return begin + i < span.end ? work + (begin + i) * w.q.work_row + r0 : nullptr;
-        });
+        load_tile<kN>(tile + O::kTile, depth(step), columns_r, p.r - r0, Inner{1, 1},
+            [&](int i) { return begin + i < span.end ? work + (begin + i) * w.q.work_row + r0 : nullptr; });
       },
       [&](int64_t step, int stage) {
         if (!normed) return;
         const float* statistics = w.q.statistics + (span.begin + step * O::kDepth) * 2;
         const int left = static_cast<int>(least<int64_t>(span.end - span.begin - step * O::kDepth, O::kDepth));
-        change_tile<kN>(stages + stage * 2 * O::kTile, depth(step), columns_d, p.d - c0, rows.inner, [&](float v, int row, int) {
-          return row < left ? (v - statistics[row * 2]) * statistics[row * 2 + 1] : 0.f;
-        });
+        change_tile<kN>(stages + stage * 2 * O::kTile, depth(step), columns_d, p.d - c0, rows.inner,
+            [&](float v, int row, int) { return row < left ? (v - statistics[row * 2]) * statistics[row * 2 + 1] : 0.f; });
       },
       [&](int64_t step, int stage) {
         const T* tile = stages + stage * 2 * O::kTile;
@@ -136,7 +138,8 @@ __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_sums_kernel(const 
 }
 
 // A block for 32 ranks of an adapter: adds the column sums of its tiles of rows; hidden_sums becomes (2, g, r).
-static __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_hidden_sums_kernel(const __grid_constant__ Backward q, int64_t tiles, float* out) {
+static __global__ void __launch_bounds__(kThreads, 4)
+    bottleneck_bwd_hidden_sums_kernel(const __grid_constant__ Backward q, int64_t tiles, float* out) {
   FA_DYNAMIC_SHARED(shared);
   float* partial = reinterpret_cast<float*>(shared);  // (warps, 32)
   const Bottleneck& p = q.p;
@@ -215,7 +218,8 @@ __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_reduce_down_kernel
 #pragma unroll 1
     for (int i = warp; w.down && i < kReduceTile; i += kWarps)
       if (c0 + i < p.d && j0 + lane < p.r)
-        tile[lane * kRow + i] = add_planes(w.down + (adapter * static_cast<int64_t>(p.d) + c0 + i) * p.r + j0 + lane, w.splits, plane * p.r);
+        tile[lane * kRow + i] =
+            add_planes(w.down + (adapter * static_cast<int64_t>(p.d) + c0 + i) * p.r + j0 + lane, w.splits, plane * p.r);
     __syncthreads();
 #pragma unroll 1
     for (int i = warp; i < kReduceTile && c < p.d && j0 + i < p.r; i += kWarps) {
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_reduce_down_kernel
       const float v = w.down ? tile[i * kRow + lane] : 0.f, element = to_float(p.down.of<T>(adapter)[j * p.down.row + c]);
       if (w.grad_down)
         store_gradient<T>(w.grad_down, w.weight_is_float, (adapter * static_cast<int64_t>(p.r) + j) * p.d + c,
-                          p.norm_bias.data ? v * weight + grad_bias[j] * bias : v * weight);
+            p.norm_bias.data ? v * weight + grad_bias[j] * bias : v * weight);
       grad_weight += element * v;
       if (w.grad_norm_bias) grad_norm_bias += element * grad_bias[j];
     }

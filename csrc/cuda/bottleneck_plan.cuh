@@ -31,6 +31,7 @@ constexpr Kind kind_of() {
 
 // The largest rank: its hidden tile of 16 rows fits beside the ring into the 99 KiB of the smallest devices.
 constexpr int kMaxRank = 1024;
+static_assert(Block<float, 16>::bytes(kMaxRank) <= 99 * 1024 && Block<bf16, 16>::bytes(kMaxRank) <= 99 * 1024);
 
 // Leading sizes `size` with strides `stride`, joined where they lie behind one another.  False if more than kMaxDims remain.
 inline bool join_dims(Rows& rows, int dims, const int64_t* size, const int64_t* stride) {
@@ -52,7 +53,8 @@ inline bool join_dims(Rows& rows, int dims, const int64_t* size, const int64_t* 
 
 // Whether rows of `array` can be copied 16 bytes at a time.
 inline bool aligned(const Array& array, int element) {
-  bool yes = reinterpret_cast<uintptr_t>(array.data) % 16 == 0 && (array.stride[array.dims - 1] == 1 || array.size[array.dims - 1] == 1);
+  bool yes = reinterpret_cast<uintptr_t>(array.data) % 16 == 0 &&
+             (array.stride[array.dims - 1] == 1 || array.size[array.dims - 1] == 1);
   for (int i = 0; i < array.dims - 1; i++) yes &= array.size[i] == 1 || array.stride[i] * element % 16 == 0;
   return yes;
 }
@@ -69,7 +71,7 @@ bool as_rows(Rows& rows, const Array& array) {
 inline Vector as_vector(const Array& array) {
   if (!array.data) return Vector{};
   return Vector{array.data, array.dims ? array.stride[array.dims - 1] : 0, array.dims > 1 ? array.stride[0] : 0,
-                array.kind == Kind::float32};
+      array.kind == Kind::float32};
 }
 
 struct Pack {
@@ -82,7 +84,8 @@ struct Pack {
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Pack p) {
   const int64_t n = p.groups * p.rows * p.columns;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < n; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < n;
+      i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t line = i / p.columns, column = i % p.columns;
     const int64_t from = line / p.rows * p.from_group + line % p.rows * p.from_row + column * p.from_column;
     static_cast<T*>(p.to)[line * p.to_row + column] =
@@ -98,9 +101,11 @@ Weight as_weight(const Array& array, const Device& device) {
   const int64_t row = array.stride[dims - 2], group = dims == 3 ? array.stride[0] : 0;
   if (array.kind == kind_of<T>() && aligned(array, sizeof(T))) return Weight{array.data, row, group};
   const int64_t to_row = divide_up(columns, Shape<T>::kVector) * Shape<T>::kVector, n = groups * rows * columns;
-  const Pack pack{array.data, device.allocate(groups * rows * to_row * sizeof(T)), array.kind == Kind::float32,
-                  groups, rows, columns, group, row, array.stride[dims - 1], to_row};
-  if (n) launch(pack_kernel<T>, dim3(static_cast<unsigned>(least<int64_t>(divide_up(n, kThreads), 4096))), kThreads, 0, device.stream, pack);
+  const Pack pack{array.data, device.allocate(groups * rows * to_row * sizeof(T)), array.kind == Kind::float32, groups, rows,
+      columns, group, row, array.stride[dims - 1], to_row};
+  if (n)
+    launch(pack_kernel<T>, dim3(static_cast<unsigned>(least<int64_t>(divide_up(n, kThreads), 4096))), kThreads, 0,
+        device.stream, pack);
   return Weight{pack.to, to_row, rows * to_row};
 }
 
@@ -159,7 +164,8 @@ const char* describe(Bottleneck& p, int& tile_rows, const Arguments& a, const De
   p.groups.g = a.ids.data ? static_cast<int>(a.down_weight.size[0]) : 1;
   p.groups.m = p.m;
   tile_rows = rows_per_block<T>(p.m, p.d, p.r, device);
-  if (a.ids.data && !sort_rows(p.groups, a.ids, a.x, tile_rows, device)) return "adapter_ids has more than 8 dims that can't be joined";
+  if (a.ids.data && !sort_rows(p.groups, a.ids, a.x, tile_rows, device))
+    return "adapter_ids has more than 8 dims that can't be joined";
   p.down = as_weight<T>(a.down_weight, device);
   p.up = as_weight<T>(a.up_weight, device);
   return nullptr;

@@ -12,8 +12,8 @@ struct Outputs {
 
 // What the wanted gradients ask for.  A gradient that isn't wanted costs no product and no pass.
 struct Needs {
-  bool up, down;          // the products grad_y.T @ hidden and x.T @ grad_z
-  bool grad_y, grad_skip; // the sums of grad_y and of grad_y * x
+  bool up, down;           // the products grad_y.T @ hidden and x.T @ grad_z
+  bool grad_y, grad_skip;  // the sums of grad_y and of grad_y * x
   bool grad_z_sum, hidden_sums, grad_z, z, rows, norm_products;
 
   Needs(const Outputs& o, const Bottleneck& p) {
@@ -81,7 +81,8 @@ Gradients launch_planes(const Backward& q, const Needs& needs, const Outputs& o,
   const int64_t reduce_blocks = divide_up(p.d, kReduceTile) * g;
   if (needs.up) launch_over(reduce_blocks, bottleneck_bwd_reduce_up_kernel<T>, 0, device, w);
   if (needs.down || o.norm_bias.data)
-    launch_over(reduce_blocks, bottleneck_bwd_reduce_down_kernel<T>, kReduceTile * (kReduceTile + 1) * sizeof(float), device, w);
+    launch_over(
+        reduce_blocks, bottleneck_bwd_reduce_down_kernel<T>, kReduceTile * (kReduceTile + 1) * sizeof(float), device, w);
   return w;
 }
 

@@ -98,7 +98,8 @@ struct Sort {
     if (id_bytes == 8) id = *reinterpret_cast<const int64_t*>(p);
     else if (id_bytes == 4) id = *reinterpret_cast<const int32_t*>(p);
     else if (id_bytes == 2) id = *reinterpret_cast<const int16_t*>(p);
-    else id = id_signed ? int64_t{*reinterpret_cast<const signed char*>(p)} : int64_t{*reinterpret_cast<const unsigned char*>(p)};
+    else
+      id = id_signed ? int64_t{*reinterpret_cast<const signed char*>(p)} : int64_t{*reinterpret_cast<const unsigned char*>(p)};
     return id == -1 ? g : id >= 0 && id < g ? static_cast<int>(id) : g + 1;
   }
 };

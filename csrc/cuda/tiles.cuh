@@ -13,9 +13,9 @@ constexpr int kN = 64;  // columns of an output tile
 
 template <class T>
 struct Shape {
-  static constexpr int kVector = 16 / sizeof(T);            // elements of one 16-byte copy
-  static constexpr int kDepth = 128 / sizeof(T);            // inner dimension of a tile
-  static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;    // float32 tiles are twice as large; 99 KiB must do
+  static constexpr int kVector = 16 / sizeof(T);          // elements of one 16-byte copy
+  static constexpr int kDepth = 128 / sizeof(T);          // inner dimension of a tile
+  static constexpr int kStages = sizeof(T) == 2 ? 3 : 2;  // float32 tiles are twice as large; 99 KiB must do
   // The leading dimension of a tile: eight rows then start in eight different banks.
   static constexpr __host__ __device__ int padded(int columns) { return columns + kVector; }
 };
@@ -23,7 +23,9 @@ struct Shape {
 constexpr __host__ __device__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr __host__ __device__ int round_up(int a, int b) { return (a + b - 1) / b * b; }
 template <class I>
-constexpr __host__ __device__ I least(I a, I b) { return a < b ? a : b; }
+constexpr __host__ __device__ I least(I a, I b) {
+  return a < b ? a : b;
+}
 
 // Calls f(row, column) for the parts of a tile that belong to this thread: groups of V columns, the same in every call with
 // the same arguments.
@@ -84,8 +86,7 @@ __device__ __forceinline__ void change_tile(T* tile, int rows, int columns, int 
     own_vectors<COLUMNS, kVector>(rows, columns, [&](int row, int column) {
       for (int i = 0; i < kVector; i++) change(row, column + i);
     });
-  else
-    own_elements<COLUMNS>(rows, columns, inner.stride != 1, change);
+  else own_elements<COLUMNS>(rows, columns, inner.stride != 1, change);
 }
 
 // Loads a weight tile for columns n0.. of the output and depth k0.. of the product.  The matrix is stored (n, k), or (k, n)
@@ -95,10 +96,11 @@ __device__ __forceinline__ void load_weight(
     T* tile, const T* weight, int64_t row, int n0, int n_extent, int n, int k0, int k_extent, int k) {
   const Inner inner{1, 1};
   if constexpr (TRANSPOSED)
-    load_tile<kN>(tile, k_extent, n_extent, n - n0, inner, [&](int i) { return k0 + i < k ? weight + (k0 + i) * row + n0 : nullptr; });
+    load_tile<kN>(
+        tile, k_extent, n_extent, n - n0, inner, [&](int i) { return k0 + i < k ? weight + (k0 + i) * row + n0 : nullptr; });
   else
-    load_tile<Shape<T>::kDepth>(tile, n_extent, k_extent, k - k0, inner,
-                                [&](int i) { return n0 + i < n ? weight + (n0 + i) * row + k0 : nullptr; });
+    load_tile<Shape<T>::kDepth>(
+        tile, n_extent, k_extent, k - k0, inner, [&](int i) { return n0 + i < n ? weight + (n0 + i) * row + k0 : nullptr; });
 }
 
 // Four values along the depth of row or column i of a float32 operand.
@@ -120,7 +122,8 @@ __device__ __forceinline__ float dot_four(const float (&a)[4], const float (&b)[
 
 // acc += a @ b over `depth`, for 16 rows and NI * 8 columns of one warp, of which the first `live` blocks of 8 are wanted.
 // a is stored (m, k), or (k, m) if TRANS_A; b is stored (n, k), or (k, n) if TRANS_B.  With SUM and `sums`, a further product
-// with ones adds the sum of a over the depth to every column of `sum`.  Lane 4*g + t holds rows g and g + 8, columns 2*t and 2*t + 1 of each block.
+// with ones adds the sum of a over the depth to every column of `sum`.  Lane 4*g + t holds rows g and g + 8, columns 2*t and
+// 2*t + 1 of each block.
 template <int NI, bool TRANS_A, bool TRANS_B, bool SUM, class T>
 __device__ __forceinline__ void multiply(
     float (&acc)[NI][4], float (&sum)[4], const T* a, int row_a, const T* b, int row_b, int depth, int live, bool sums = true) {
@@ -129,8 +132,8 @@ __device__ __forceinline__ void multiply(
     constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
     for (int k = 0; k < depth; k += 16) {
       uint32_t fa[4];
-      ldmatrix_x4<TRANS_A>(fa, TRANS_A ? a + (k + lane / 16 * 8 + lane % 8) * row_a + lane / 8 % 2 * 8
-                                       : a + lane % 16 * row_a + k + lane / 16 * 8);
+      ldmatrix_x4<TRANS_A>(fa,
+          TRANS_A ? a + (k + lane / 16 * 8 + lane % 8) * row_a + lane / 8 % 2 * 8 : a + lane % 16 * row_a + k + lane / 16 * 8);
 #pragma unroll
       for (int j = 0; j < NI; j += 2) {
         if (j >= live) break;

@@ -14,12 +14,12 @@ const char* guarded(int multiprocessors, int shared_limit, uint64_t schedule, Ca
   static thread_local std::string message;
   std::vector<std::unique_ptr<void, void (*)(void*)>> workspace;
   Device device{multiprocessors, shared_limit, schedule, [&](int64_t bytes) {
-    const size_t size = (bytes + 31) / 16 * 16;
-    void* p = std::aligned_alloc(16, size);
-    std::memset(p, 0xff, size);  // NaN, so that nothing relies on fresh memory
-    workspace.emplace_back(p, std::free);
-    return p;
-  }};
+                  const size_t size = (bytes + 31) / 16 * 16;
+                  void* p = std::aligned_alloc(16, size);
+                  std::memset(p, 0xff, size);  // NaN, so that nothing relies on fresh memory
+                  workspace.emplace_back(p, std::free);
+                  return p;
+                }};
   try {
     return call(device);
   } catch (const std::exception& error) {
@@ -34,19 +34,18 @@ const char* guarded(int multiprocessors, int shared_limit, uint64_t schedule, Ca
 #ifdef FA_ONLY_BFLOAT16
 #define FA_DISPATCH(kind, f, ...) (kind) == Kind::bfloat16 ? f<bf16>(__VA_ARGS__) : "built for bfloat16 only"
 #else
-#define FA_DISPATCH(kind, f, ...)                              \
-  (kind) == Kind::float32   ? f<float>(__VA_ARGS__)            \
-  : (kind) == Kind::float16 ? f<f16>(__VA_ARGS__)              \
-                            : f<bf16>(__VA_ARGS__)
+#define FA_DISPATCH(kind, f, ...) \
+  (kind) == Kind::float32 ? f<float>(__VA_ARGS__) : (kind) == Kind::float16 ? f<f16>(__VA_ARGS__) : f<bf16>(__VA_ARGS__)
 #endif
 
-extern "C" const char* emulated_bottleneck_fwd(const Arguments* a, void* y, int multiprocessors, int shared_limit, uint64_t schedule) {
+extern "C" const char* emulated_bottleneck_fwd(
+    const Arguments* a, void* y, int multiprocessors, int shared_limit, uint64_t schedule) {
   return guarded(multiprocessors, shared_limit, schedule,
-                 [&](const Device& device) { return FA_DISPATCH(a->x.kind, bottleneck_forward, *a, y, device); });
+      [&](const Device& device) { return FA_DISPATCH(a->x.kind, bottleneck_forward, *a, y, device); });
 }
 
 extern "C" const char* emulated_bottleneck_bwd(
     const Arguments* a, const Outputs* outputs, int multiprocessors, int shared_limit, uint64_t schedule) {
   return guarded(multiprocessors, shared_limit, schedule,
-                 [&](const Device& device) { return FA_DISPATCH(a->x.kind, bottleneck_backward, *a, *outputs, device); });
+      [&](const Device& device) { return FA_DISPATCH(a->x.kind, bottleneck_backward, *a, *outputs, device); });
 }

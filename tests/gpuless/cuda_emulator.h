@@ -35,9 +35,15 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
 using cudaStream_t = uint64_t;
 
 namespace emulator {
@@ -46,7 +52,11 @@ constexpr size_t kStack = 128 * 1024;
 constexpr size_t kGuard = 256;  // poisoned bytes on either side of shared memory
 enum class Now { ready, blocked, done };
 
-struct Copy { void* to; const void* from; int bytes; };
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
 
 struct Fiber {
 #if defined(__x86_64__)
@@ -58,8 +68,8 @@ struct Fiber {
   unsigned thread = 0, lane = 0, warp = 0;
   dim3 index;
   Now now = Now::ready;
-  std::vector<Copy> open;                  // copies issued, not yet committed
-  std::deque<std::vector<Copy>> groups;    // committed, not yet waited for
+  std::vector<Copy> open;                // copies issued, not yet committed
+  std::deque<std::vector<Copy>> groups;  // committed, not yet waited for
 };
 
 struct Warp {
@@ -84,7 +94,7 @@ struct State {
   ucontext_t scheduler;
 #endif
   dim3 block, block_size, grid_size;
-  std::vector<unsigned> order;             // in which ready threads are picked
+  std::vector<unsigned> order;  // in which ready threads are picked
   unsigned live = 0;
   std::function<void()> kernel;
   unsigned char* shared = nullptr;

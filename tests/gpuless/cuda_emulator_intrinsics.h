@@ -13,7 +13,10 @@ inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 
 namespace emulator {
 template <class T>
-struct Exchange { T value, result; unsigned source; };
+struct Exchange {
+  T value, result;
+  unsigned source;
+};
 
 template <class T>
 T shuffle(const char* name, T value, unsigned source) {
@@ -37,19 +40,27 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::shuffle("shfl.xor", value, emulator::current()->lane ^ mask);
 }
 inline unsigned __match_any_sync(unsigned, int value) {
-  struct Match { int value; unsigned peers; } mine{value, 0};
+  struct Match {
+    int value;
+    unsigned peers;
+  } mine{value, 0};
   emulator::warp_operation("match.any", &mine, [](void** all) {
     for (int l = 0; l < 32; l++)
       for (int o = 0; o < 32; o++)
-        if (static_cast<Match*>(all[l])->value == static_cast<Match*>(all[o])->value) static_cast<Match*>(all[l])->peers |= 1u << o;
+        if (static_cast<Match*>(all[l])->value == static_cast<Match*>(all[o])->value)
+          static_cast<Match*>(all[l])->peers |= 1u << o;
   });
   return mine.peers;
 }
 
 namespace fastadapt {
 
-struct bf16 { uint16_t bits; };
-struct f16 { _Float16 value; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  _Float16 value;
+};
 
 inline float to_float(float v) { return v; }
 inline float to_float(f16 v) { return static_cast<float>(v.value); }
@@ -76,14 +87,16 @@ T from_float(float v) {
 #define FA_DYNAMIC_SHARED(name) unsigned char* name = emulator::state().shared
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, cudaStream_t schedule, Arguments... arguments) {
+void launch(
+    void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, cudaStream_t schedule, Arguments... arguments) {
   emulator::run(grid, dim3(threads), shared, [=] { kernel(arguments...); }, schedule);
 }
 
 inline void bar_sync(int id, int threads) { emulator::barrier(id, threads); }
 
 inline void cp_async16(void* to, const void* from, int bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15) emulator::fail("cp.async: misaligned address");
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15)
+    emulator::fail("cp.async: misaligned address");
   if (bytes < 0 || bytes > 16) emulator::fail("cp.async: a source size outside 0..16");
   emulator::Copy copy{to, from, bytes};
   if (emulator::state().copies_land_at_once) {
@@ -114,7 +127,10 @@ void cp_async_wait() {
 // Four 8x8 matrices of 16-bit values; lane 8*i + k gives the address of row k of matrix i.
 template <bool TRANSPOSED>
 void ldmatrix_x4(uint32_t (&registers)[4], const void* row) {
-  struct Load { const void* row; uint32_t* registers; } mine{row, registers};
+  struct Load {
+    const void* row;
+    uint32_t* registers;
+  } mine{row, registers};
   if (reinterpret_cast<uintptr_t>(row) & 15) emulator::fail("ldmatrix: misaligned row");
   emulator::warp_operation(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", &mine, [](void** all) {
     for (int l = 0; l < 32; l++)
@@ -134,7 +150,11 @@ void ldmatrix_x4(uint32_t (&registers)[4], const void* row) {
 // c += a @ b for a 16x16 row-major, b 16x8 column-major, c 16x8, spread over the lanes as mma.m16n8k16 wants.
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Operands { float* c; const uint32_t* a; uint32_t b[2]; } mine{c, a, {b0, b1}};
+  struct Operands {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine{c, a, {b0, b1}};
   emulator::warp_operation("mma.m16n8k16", &mine, [](void** all) {
     auto unpack = [](uint32_t pair, int half) {
       const uint16_t bits = static_cast<uint16_t>(pair >> 16 * half);

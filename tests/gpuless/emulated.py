@@ -31,8 +31,8 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, Array) for name in (
-            "x", "other", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
-            "hidden_skip_weight", "adapter_ids",
+            "x", "other", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias",
+            "skip_weight", "hidden_skip_weight", "adapter_ids",
         )),
         ("scale_value", ctypes.c_float), ("norm_eps", ctypes.c_float), ("activation", ctypes.c_int), ("add_x", ctypes.c_int),
     ]  # fmt: skip
@@ -52,8 +52,10 @@ class Emulated:
     @staticmethod
     def build(library: Path, headers: Path = CUDA, *flags: str) -> Path:
         # With -march=native the compiler contracts a * b + c to one rounding, as nvcc does.
-        command = ["g++", "-std=c++17", "-O1", "-march=native", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", *flags]
-        subprocess.run([*command, "-I", HERE, "-I", headers, HERE / "bottleneck_emulated.cpp", "-o", library], check=True)
+        command = ["g++", "-std=c++17", "-O1", "-march=native", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+        subprocess.run(
+            [*command, *flags, "-I", HERE, "-I", headers, HERE / "bottleneck_emulated.cpp", "-o", library], check=True
+        )
         return library
 
     def _call(
@@ -61,8 +63,8 @@ class Emulated:
         norm_weight, norm_bias, norm_eps, skip_weight, hidden_skip_weight, adapter_ids,
     ):  # fmt: skip
         tensors = (
-            x, other, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight,
-            adapter_ids,
+            x, other, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight,
+            hidden_skip_weight, adapter_ids,
         )  # fmt: skip
         arguments = Arguments(*map(Array.of, tensors), scale_value, norm_eps, activation, add_x)
         function = getattr(self.library, f"emulated_bottleneck_{direction}")
@@ -83,6 +85,6 @@ class Emulated:
         grads = tuple(
             torch.full(t.shape, float("nan"), dtype=t.dtype) if wanted else x.new_empty(0) for t, wanted in zip(inputs, mask)
         )
-        outputs = (Array * len(grads))(*(Array.of(grad if wanted and grad.numel() else None) for grad, wanted in zip(grads, mask)))
+        outputs = (Array * len(grads))(*(Array.of(grad if grad.numel() else None) for grad in grads))
         self._call("bwd", outputs, grad_y, x, *parameters)
         return grads
