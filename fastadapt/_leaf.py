@@ -18,10 +18,10 @@ class Leaf:
     """A schema and a fake kernel that every implementation of one leaf op shares.
 
     ``fastadapt::<name>`` is implemented in csrc/ (keys CPU and CUDA) and ``fastadapt::<name>_triton`` in kernels/.
-    ``unsupported(backend, *args)`` is None, or the reason why a backend can't run these arguments of the leaf.
+    ``unsupported(backend, args)`` is None, or the reason why a backend can't run these arguments of the leaf.
     """
 
-    def __init__(self, name: str, schema: str, fake: Callable, unsupported: Callable = lambda backend, *args: None):
+    def __init__(self, name: str, schema: str, fake: Callable, unsupported: Callable = lambda backend, args: None):
         for op in (name, f"{name}_triton"):
             torch.library.define(f"fastadapt::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"fastadapt::{op}")(fake)
@@ -50,14 +50,14 @@ class Leaf:
             return None
         if (backend, device_type) not in self.available:
             return f"{self.name} has no {backend!r} implementation for {device_type}"
-        reason = self.unsupported(backend, *args)
+        reason = self.unsupported(backend, args)
         return reason and f"{self.name}: backend {backend!r} {reason}"
 
     def choose(self, backend: str | None, device_type: str, args: tuple) -> str:
         """Name the implementation that a call uses: the one asked for, or the first of the device's order that can."""
         if backend is None:
             for name in ORDER.get(device_type, ()):
-                if (name, device_type) in self.available and self.unsupported(name, *args) is None:
+                if (name, device_type) in self.available and self.unsupported(name, args) is None:
                     return name
             return "reference"
         if backend not in BACKENDS:
@@ -73,6 +73,15 @@ class Leaf:
         lines = [f"{self.name} on {device_type}: {chosen} ({'asked for' if backend else 'first of ' + ' > '.join(order)})"]
         lines += [f"  not {name}: {self.refusal(name, device_type, args)}" for name in order[: order.index(chosen)]]
         return "\n".join(lines)
+
+
+def needs_grad(*args) -> bool:
+    """Whether autograd records a call with these arguments; a plain loop, which small calls can afford."""
+    if torch.is_grad_enabled():
+        for value in args:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def differentiable_once(backward: Callable) -> Callable:

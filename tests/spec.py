@@ -40,6 +40,7 @@ class OpSpec:
     cases: tuple
     bench: tuple
     bad: tuple
+    bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
     dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)
 
     def case(self, name: str) -> Case:

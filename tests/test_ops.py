@@ -229,7 +229,9 @@ def test_nan_and_inf_go_through(spec, backend, case, dtype):
     for bad in (float("nan"), float("inf")):
         arguments = case.make(dtype, DEVICE)
         arguments["x"].view(-1, arguments["x"].shape[-1])[2, 3] = bad
-        expected, actual = spec.reference(**arguments), spec.op(**arguments, backend=backend)
+        # In float64, since PyTorch's own bfloat16 product lets a NaN leak into other rows where the width isn't even.
+        doubles = substitute(arguments, {n: t.double() for n, t in floats(arguments).items()})
+        expected, actual = spec.reference(**doubles), spec.op(**arguments, backend=backend)
         assert torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.isfinite(), expected.isfinite())
 
 
@@ -302,7 +304,7 @@ def bad_calls():
                         yield pytest.param(spec, backend, bad, id=f"{name}-{backend}-{bad.name}")
 
 
-@pytest.mark.parametrize("spec, backend, bad", bad_calls())
+@pytest.mark.parametrize("spec, backend, bad", list(bad_calls()))
 def test_bad_arguments(spec, backend, bad):
     arguments = bad.change({"backend": backend, **spec.cases[0].make(torch.float32, DEVICE)})
     with pytest.raises(bad.error, match=bad.message):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check as check
-from .._leaf import Leaf, differentiable_once
+from .._leaf import Leaf, differentiable_once, needs_grad
 
 # The position is the code that the kernels receive.
 ACTIVATIONS = {
@@ -74,9 +74,13 @@ def _bwd_fake(
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(inputs, output_mask))
 
 
-def _unsupported(backend, x, down_weight, *args):
-    if x.dtype == torch.float64 and (backend == "triton" or x.device.type == "cuda"):
+def _unsupported(backend, args):
+    x, down_weight = args[:2]
+    cuda = x.device.type == "cuda"
+    if x.dtype == torch.float64 and (backend == "triton" or cuda):
         return "does not support float64"
+    if backend == "native" and cuda and down_weight.shape[-2] > 1024:  # the row tile of a block must fit its shared memory
+        return f"supports r up to 1024, got {down_weight.shape[-2]}"
     return None
 
 
@@ -241,7 +245,8 @@ def bottleneck(
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.
     """
     check.tensor("x", x)
-    if torch.compiler.is_compiling() and isinstance(scale, (int, float)):
+    compiling = torch.compiler.is_compiling()
+    if compiling and isinstance(scale, (int, float)):
         # A tensor, since a number would be compiled in: one graph a value.
         scale = scale * torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     args = _arguments(
@@ -249,12 +254,12 @@ def bottleneck(
         skip_weight, hidden_skip_weight, adapter_ids,
     )  # fmt: skip
     # Kernels see no batched or dual tensors.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not compiling and torch._C._are_functorch_transforms_active():
         if backend not in (None, "reference"):
             raise RuntimeError(f"bottleneck: backend {backend!r} does not support torch.func transforms, use 'reference'")
         backend = "reference"
     name = _fwd.choose(backend, x.device.type, args)
-    if name != "native" or torch.compiler.is_compiling():
+    if compiling or name != "native":
         _check(*args)
     if name == "reference":
         return bottleneck_reference(
@@ -262,9 +267,8 @@ def bottleneck(
             activation=activation, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
             skip_weight=skip_weight, hidden_skip_weight=hidden_skip_weight, adapter_ids=adapter_ids,
         )  # fmt: skip
-    recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*args[:6], *args[7:]))
     try:
-        return Bottleneck.apply(name, *args) if recorded else getattr(_fwd, name)(*args)
+        return Bottleneck.apply(name, *args) if needs_grad(*args) else getattr(_fwd, name)(*args)
     except Exception:
         # The kernel has refused the call. Checking only now keeps small calls fast; if an argument is to blame, say which.
         try:
