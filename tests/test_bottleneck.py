@@ -101,9 +101,19 @@ print(call({shape}))
     assert int(done.stdout) <= 2 * 2**20
 
 
-def test_explain_gives_reasons():
+def test_explain_gives_reasons(monkeypatch):
     text = fastadapt.explain(fastadapt.bottleneck, torch.ones(2, 4, device="meta"), torch.ones(1, 4), torch.ones(4, 1))
     assert text == "bottleneck_fwd on meta: reference (first of reference)"
+    monkeypatch.setattr(_fwd, "available", {("native", "cuda"), ("triton", "cuda")})
+    args = fastadapt.bottleneck.arguments(
+        torch.ones(2, 4), torch.ones(300, 4), torch.ones(4, 300), None, None, None, 1.0, "relu", *[None] * 6
+    )
+    assert _fwd.explain(None, "cuda", args).split("\n") == [
+        "bottleneck_fwd on cuda: native (first of triton > native > reference)",
+        "  not triton: bottleneck_fwd: backend 'triton' supports r up to 256, got 300",
+    ]
+    with pytest.raises(RuntimeError, match="'triton' supports r up to 256, got 300"):
+        _fwd.choose("triton", "cuda", args)
     with pytest.raises(TypeError, match="op must be a public function of fastadapt, got"):
         fastadapt.explain(torch.relu, torch.ones(1))
 

@@ -74,14 +74,17 @@ def _bwd_fake(
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(inputs, output_mask))
 
 
+_MAX_RANK = {"triton": 256, "native": 1024}  # on a GPU: the hidden tile must fit the registers, or the shared memory
+
+
 def _unsupported(backend, args):
     x, down_weight = args[:2]
-    cuda = x.device.type == "cuda"
-    if x.dtype == torch.float64 and (backend == "triton" or cuda):
+    if backend == "native" and x.device.type == "cpu":
+        return None
+    if x.dtype == torch.float64:
         return "does not support float64"
-    if backend == "native" and cuda and down_weight.shape[-2] > 1024:  # the row tile of a block must fit its shared memory
-        return f"supports r up to 1024, got {down_weight.shape[-2]}"
-    return None
+    r = down_weight.shape[-2] if isinstance(down_weight, Tensor) and down_weight.dim() > 1 else 0
+    return f"supports r up to {_MAX_RANK[backend]}, got {r}" if r > _MAX_RANK[backend] else None
 
 
 # One call computes y.  ``add_x`` stands for a residual that is x itself, so that x is read once; ``scale_value`` is used
