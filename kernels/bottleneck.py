@@ -102,18 +102,21 @@ def bottleneck_fwd_kernel(
 
 
 def _stages(x, tile_bytes):
-    """How many tiles of ``tile_bytes`` to keep in flight: what the shared memory of the device holds, at most 4."""
+    """How many tiles of ``tile_bytes`` a program keeps in flight: as many as leave room for a second program, at most 4."""
     arch = 90 if x.device.type == "cpu" else triton.runtime.driver.active.get_current_target().arch
-    return max(1, min(4, _SHARED.get(arch, 64) * 1024 // tile_bytes))
+    shared = (_SHARED.get(arch, 64) - 16) * 1024  # the compiler moves hidden tiles through shared memory too
+    return max(1, min(4, max(shared // 2 // tile_bytes, min(2, shared // tile_bytes))))
 
 
-def _row_blocks(x, weight, m, d, r):
-    """Blocks and launch options of the kernels that own rows. A tile of rows must stay in the L2 cache between two walks."""
+def _row_blocks(x, weight, m, d, r, tallest):
+    """Blocks and launch options of the kernels that own rows: a tile of rows must stay in the L2 cache between two walks, and
+    its hidden tiles in registers, which allows 64 rows up to rank ``tallest``."""
     block_r = max(16, triton.next_power_of_2(r))
     if x.element_size() == 4:
         block_m, block_d = (32, 32) if block_r <= 64 else (16, 16)
     else:
-        block_m, block_d = 64 if d <= 1024 else 32 if d <= 4096 else 16, 128 if block_r <= 64 else 64
+        block_m = 64 if d <= 1024 and block_r <= tallest else 32 if d <= 4096 else 16
+        block_d = 128 if block_m <= 32 and block_r <= 32 else 64
     while block_m > 16 and triton.cdiv(m, block_m) < _PROGRAMS // 2:
         block_m //= 2
     block_d = min(block_d, max(16, triton.next_power_of_2(d)))
@@ -129,7 +132,7 @@ def _column_blocks(x, d, block_r):
     if x.element_size() == 4:
         block_m, block_d = (32, 32) if block_r <= 64 else (16, 16)
     else:
-        block_m, block_d = (64, 128) if block_r <= 64 else (32, 64)
+        block_m, block_d = 32, 64
     block_d = min(block_d, max(16, triton.next_power_of_2(d)))
     return {
         "BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4 if block_r <= 64 else 8,
@@ -168,7 +171,7 @@ def bottleneck_fwd(
         down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight
     )
     scalar, channels = (None, scale) if scale is not None and scale.dim() else (scale, None)
-    blocks = _row_blocks(x, down_weight, m, d, r)
+    blocks = _row_blocks(x, down_weight, m, d, r, tallest=64)
     with torch.cuda.device_of(x):
         order, starts, g, groups = _bank(adapter_ids, x, down_weight)
         x_table, x_stride = rows_of(x)
@@ -199,7 +202,7 @@ class _Backward:
         self.m = x.numel() // self.d
         self.order, self.starts, self.g, self.groups = _bank(adapter_ids, x, self.down_weight)
         self.grad_rows, self.x_rows = (*rows_of(grad_y), grad_y.stride(-1)), (*rows_of(x), x.stride(-1))
-        self.row_blocks = _row_blocks(x, self.down_weight, self.m, self.d, self.r)
+        self.row_blocks = _row_blocks(x, self.down_weight, self.m, self.d, self.r, tallest=32)
         self.column_blocks = _column_blocks(x, self.d, self.row_blocks["BLOCK_R"])
         rows, splits = self.column_blocks["BLOCK_M"], _PROGRAMS // triton.cdiv(self.d, self.column_blocks["BLOCK_D"])
         self.chunk = triton.cdiv(triton.cdiv(self.m, max(1, splits)), rows) * rows

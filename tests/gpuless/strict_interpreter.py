@@ -2,7 +2,8 @@
 
 The interpreter of Triton 3.6 to 3.9 computes bfloat16 wrongly and is silent on much else. After :func:`install`
 
-* bfloat16 is bfloat16, rounded to nearest even; float32 operands of a tf32 dot are rounded to tf32;
+* bfloat16 is bfloat16, rounded to nearest even; float32 operands of a tf32 dot are rounded to tf32; ``tl.sum`` adds as a
+  tree, as threads do;
 * every enabled lane of a load, store or atomic must lie inside a tensor argument;
 * lanes that are masked off without ``other`` are poison, not zero;
 * two programs that touch one element, one of them with a plain store, raise, and so do two lanes of one store;
@@ -139,7 +140,7 @@ def _dtype(ty):
 
 
 def _install_arithmetic():
-    """bfloat16, casts, tf32, and the GPU's rule that maximum and minimum drop NaN."""
+    """bfloat16, casts, tf32, and the GPU's rules: sums are trees, maximum and minimum drop NaN."""
     stock_cast, stock_fp_to_fp, stock_dot = _Builder.cast_impl, _Builder.create_fp_to_fp, _Builder.create_dot
 
     def cast(self, source, target):
@@ -164,6 +165,19 @@ def _install_arithmetic():
             a, b = (_Handle(tf32(t.data), tl.float32) for t in (a, b))
         return stock_dot(self, a, b, acc, precision, *rest)
 
+    def tree_sum(self, tensor):
+        data, axis = tensor.handle.data, self.axis
+        if axis is None:
+            data, axis = data.reshape(-1), 0
+        while data.shape[axis] > 1:
+            data = np.add(*np.split(data, 2, axis), dtype=data.dtype)
+        if self.keep_dims:
+            data = data if self.axis is not None else data.reshape((1,) * len(tensor.shape))
+        else:
+            data = data.squeeze(axis)
+        return self.to_tensor(data, tensor.dtype)
+
+    interpreter.ReduceOps.sum = tree_sum
     interpreter._get_np_dtype = _dtype
     _Builder.cast_impl, _Builder.create_fp_to_fp, _Builder.create_dot = cast, fp_to_fp, dot
     for kind in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
