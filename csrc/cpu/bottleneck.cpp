@@ -185,6 +185,7 @@ void divide(Call& call, int64_t chunks, const std::vector<int64_t>* adapters) {
       while (adapters && ends[adapter + 1] <= begin) ++adapter;
       const int64_t stop = adapters ? std::min(end, ends[adapter + 1]) : end;
       call.segments.push_back({adapter, begin, stop});
+      call.p.segment_rows = std::max(call.p.segment_rows, stop - begin);
       begin = stop;
     }
   }
@@ -213,8 +214,9 @@ void each_segment(const Call& call, const F& f) {
 // neither do the bits.
 int64_t chunks(const Call& call) {
   if (!call.p.backward) return call.parts;
+  const int64_t least_rows = kernel(call.p.dtype, call.p.weight_dtype).chunk_rows;
   int64_t count = 1;
-  while (count < 16 && call.p.m >= count * 2 * 64) count *= 2;
+  while (count < 16 && call.p.m >= count * 2 * least_rows) count *= 2;
   return count;
 }
 
@@ -222,6 +224,11 @@ int64_t chunks(const Call& call) {
 int64_t useful_parts(const Problem& p) {
   const int64_t work = p.m * p.d * (p.r + 4) * (p.backward ? 3 : 1);
   return std::max<int64_t>(1, std::min<int64_t>({static_cast<int64_t>(torch::stable::get_num_threads()), work / 400000, p.m}));
+}
+
+// Whether threads had better share the columns than the rows. A norm needs whole rows, and a bank a weight for each row.
+bool few_rows(const Problem& p, const Kernel& k) {
+  return k.project && p.m >= 1 && p.m <= 128 && !p.bank && !p.norm_weight.data;
 }
 
 // The arguments that both directions share.
@@ -325,10 +332,17 @@ Tensor bottleneck_fwd_cpu(const Tensor& x, const Tensor& down_weight, const Tens
   if (p.m == 0 || p.d == 0) return y;
   p.y = y.mutable_data_ptr();
   const Kernel k = kernel(p.dtype, p.weight_dtype);
+  p.by_columns = few_rows(p, k);
   const Sizes sizes = k.sizes(p);
   ScratchMemory memory(sizes.shared + call.parts * sizes.thread);
   char *shared = memory.data(), *threads = shared + sizes.shared;
   k.read_parameters(p, shared);
+  if (p.by_columns) {
+    each_part(call.parts, [&](int64_t part) { k.project(p, shared, threads + part * sizes.thread, part, call.parts); });
+    k.hidden(p, shared, nullptr);
+    each_part(call.parts, [&](int64_t part) { k.expand(p, shared, threads + part * sizes.thread, nullptr, part, call.parts); });
+    return y;
+  }
   if (!p.bank) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
   each_segment(call, [&](int64_t part, int64_t i) { k.forward(p, shared, threads + part * sizes.thread, call.segments[i]); });
   return y;
@@ -338,17 +352,27 @@ Tensor bottleneck_fwd_cpu(const Tensor& x, const Tensor& down_weight, const Tens
 void differentiate(Call& call) {
   Problem& p = call.p;
   const Kernel k = kernel(p.dtype, p.weight_dtype);
+  p.by_columns = few_rows(p, k);
+  if (p.by_columns) call.segments.assign(1, {0, 0, p.m});
   const Sizes sizes = k.sizes(p);
   const int64_t segments = call.segments.size(), columns = p.wants[grad_scale] ? p.d * 8 : 0;
   ScratchMemory memory(sizes.shared + call.parts * sizes.thread + segments * sizes.partial + columns);
   char *shared = memory.data(), *threads = shared + sizes.shared, *partials = threads + call.parts * sizes.thread;
   p.scale_columns = partials + segments * sizes.partial;
   k.read_parameters(p, shared);
+  if (p.by_columns) {
+    each_part(call.parts, [&](int64_t part) { k.project(p, shared, threads + part * sizes.thread, part, call.parts); });
+    k.hidden(p, shared, partials);
+    each_part(call.parts, [&](int64_t part) { k.expand(p, shared, threads + part * sizes.thread, partials, part, call.parts); });
+    return k.finish(p, call.segments.data(), segments, partials);
+  }
   if (!p.bank) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
   each_segment(call, [&](int64_t part, int64_t i) {
     k.backward(p, shared, threads + part * sizes.thread, call.segments[i], partials + i * sizes.partial);
   });
-  each_part(call.parts, [&](int64_t part) { k.reduce(p, shared, call.segments.data(), segments, partials, part, call.parts); });
+  each_part(call.parts, [&](int64_t part) {
+    k.reduce(p, shared, threads + part * sizes.thread, call.segments.data(), segments, partials, part, call.parts);
+  });
   k.finish(p, call.segments.data(), segments, partials);
 }
 

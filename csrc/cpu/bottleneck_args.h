@@ -32,9 +32,10 @@ enum Gradient { grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, grad_s
 
 struct Problem {
   int64_t m = 0, d = 0, r = 0, g = 1;
+  int64_t segment_rows = 0;  // at most, in backward
   Dtype dtype = Dtype::float32, weight_dtype = Dtype::float32;
   int64_t activation = 0;
-  bool add_x = false, bank = false, backward = false;
+  bool add_x = false, bank = false, backward = false, by_columns = false;
   double scale_value = 1, norm_eps = 0;
   Rows x, residual, grad_y;
   Weight down, up;
@@ -58,10 +59,17 @@ struct Kernel {
   void (*pack)(const Problem&, void* shared, int64_t part, int64_t parts);
   void (*forward)(const Problem&, void* shared, void* thread, const Segment&);
   void (*backward)(const Problem&, void* shared, void* thread, const Segment&, void* partial);
-  // Adds the partial gradients of the segments, in order, and writes the gradients of the weights.
-  void (*reduce)(const Problem&, void* shared, const Segment*, int64_t segments, void* partials, int64_t part, int64_t parts);
+  // Adds what the segments left, in order, and writes the gradients of the weights.
+  void (*reduce)(const Problem&, void* shared, void* thread, const Segment*, int64_t segments, void* partials, int64_t part,
+                 int64_t parts);
   // After every part of reduce.
   void (*finish)(const Problem&, const Segment*, int64_t segments, void* partials);
+  int64_t chunk_rows;  // fewer rows are not worth a segment of their own in backward
+  // With by_columns, after read_parameters and in place of pack, forward or backward, and reduce; null where there is no such
+  // way. `hidden` runs alone between the parts of the others.
+  void (*project)(const Problem&, void* shared, void* thread, int64_t part, int64_t parts);
+  void (*hidden)(const Problem&, void* shared, void* partial);
+  void (*expand)(const Problem&, void* shared, void* thread, void* partial, int64_t part, int64_t parts);
 };
 
 }  // namespace fastadapt::bottleneck

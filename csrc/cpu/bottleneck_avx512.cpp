@@ -4,6 +4,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define FA_TARGET avx512
 #define FA_LANES 16
-#include "bottleneck_reduce.h"
+#include "bottleneck_columns.h"
 #include "bottleneck_amx.h"
 #endif

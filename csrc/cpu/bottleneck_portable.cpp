@@ -1,3 +1,3 @@
 #define FA_TARGET portable
 #define FA_LANES 8
-#include "bottleneck_reduce.h"
+#include "bottleneck_columns.h"

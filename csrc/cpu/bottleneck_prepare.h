@@ -24,12 +24,12 @@ struct Adapter {
 };
 
 // Rows that a thread works on at once: enough to reuse a panel, few enough for the block to stay in the second-level cache.
-constexpr int64_t max_rows = 96;
+constexpr int64_t max_rows = 128;
 
 template <class C>
 FA_INLINE int64_t block_rows(const Problem& p) {
   const int64_t bytes = (p.backward ? 2 : 1) * p.d * static_cast<int64_t>(sizeof(C));
-  return least(max_rows, most(24, (int64_t{768} << 10) / most(1, bytes) / 24 * 24));
+  return least(96, most(24, (int64_t{768} << 10) / most(1, bytes) / 24 * 24));
 }
 
 template <class C>
@@ -74,6 +74,7 @@ struct Types {
     Adapter<C> a = {};
     a.down_bias = arena.take<C>(padded<C>(r));
     a.up_bias = arena.take<C>(padded<C>(d) + panel_width<C>);
+    if (p.by_columns) return a;
     if (needs_hidden(p)) a.down = arena.take<C>(packed_size<C>(d, r));
     if (!p.backward) a.up = arena.take<C>(packed_size<C>(r, d));
     if (p.backward && needs_grad_a(p)) a.up_back = arena.take<C>(packed_size<C>(d, r));

@@ -39,25 +39,38 @@ struct Reduce : P {
       store_at<C>(static_cast<float*>(out) + at, 0, count, v);
   }
 
-  // Sums one member of the partials over the segments of the run.
-  template <class Member>
-  static FA_INLINE Vec<C> total(const Problem& p, const Run& run, Member member, int64_t at) {
+  // Sums `rows` rows, ld apart, of one member of the partials over the segments of the run.
+  template <class R, class Member>
+  static FA_INLINE void totals(const Problem& p, const R& run, Member member, int64_t at, int64_t rows, int64_t ld,
+                               Vec<C> (&v)[lanes<C>]) {
+    for (int64_t t = 0; t < lanes<C>; ++t) v[t] = Vec<C>{};
+    for (int64_t s = run.first; s < run.last; ++s) {
+      const C* from = run(p, s).*member + at;
+      for (int64_t t = 0; t < rows; ++t) v[t] += load<C>(from + t * ld);
+    }
+  }
+  template <class R, class Member>
+  static FA_INLINE Vec<C> total(const Problem& p, const R& run, Member member, int64_t at) {
     Vec<C> v = {};
     for (int64_t s = run.first; s < run.last; ++s) v += load<C>(run(p, s).*member + at);
     return v;
   }
 
   // The block of a weight gradient at column c and hidden index j, in the order in which the partials hold it.
-  template <class Member>
-  static FA_INLINE void products(const Problem& p, const Run& run, Member member, int64_t c, int64_t count, int64_t j,
+  template <class R, class Member>
+  static FA_INLINE void products(const Problem& p, const R& run, Member member, int64_t c, int64_t count, int64_t j,
                                  Vec<C> (&v)[lanes<C>]) {
-    const int64_t ld = Base::product_stride(p), rows = Base::rank_rows ? least(lanes<C>, p.r - j) : count;
-    const int64_t at = Base::rank_rows ? j * ld + c : c * ld + j;
-    for (int64_t t = 0; t < lanes<C>; ++t) v[t] = t < rows ? total(p, run, member, at + t * ld) : Vec<C>{};
+    const int64_t ld = Base::product_stride(p);
+    if (Base::rank_rows)
+      totals(p, run, member, j * ld + c, least(lanes<C>, p.r - j), ld, v);
+    else
+      totals(p, run, member, c * ld + j, count, ld, v);
   }
 
   // Rows [c, c + count) of the up weight: grad_Wu = scale * P, grad_bu = scale * S, and their share of grad_scale.
-  static void up_rows(const Problem& p, const Run& run, const Common<C>& common, int64_t id, int64_t c, int64_t count, Sums& sums) {
+  template <class R>
+  static void up_rows(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t count,
+                      Sums& sums) {
     const Vec<C> scale = common.scale ? load<C>(common.scale + c) : broadcast<C>(1);
     Vec<C> sum_g = {};
     if (p.wants[grad_up_bias] || p.wants[grad_scale]) sum_g = total(p, run, &Partial<C>::sum_g, c);
@@ -81,7 +94,8 @@ struct Reduce : P {
   }
 
   // Columns [c, c + count) of the down weight: grad_Wd = Q * norm_weight + outer(grad_bd, norm_bias), and the norm's gradients.
-  static void down_columns(const Problem& p, const Run& run, const Common<C>& common, int64_t id, int64_t c, int64_t count,
+  template <class R>
+  static void down_columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t count,
                            Sums& sums) {
     for (int64_t j0 = 0; j0 < p.r; j0 += lanes<C>) {
       const Vec<C> bias = total(p, run, &Partial<C>::down_bias, j0);
@@ -105,9 +119,25 @@ struct Reduce : P {
     }
   }
 
+  // All of that for one adapter.
+  template <class R>
+  static void columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t count, Sums& s) {
+    if (needs_up_product(p) || p.wants[grad_up_bias]) up_rows(p, run, common, id, c, count, s);
+    if (needs_down_product(p) || p.wants[grad_norm_bias]) down_columns(p, run, common, id, c, count, s);
+    if (p.wants[grad_skip]) s.skip += total(p, run, &Partial<C>::skip, c);
+  }
+
+  static void write_sums(const Problem& p, const Sums& s, int64_t c, int64_t count) {
+    if (p.wants[grad_scale]) store_at<C>(static_cast<C*>(p.scale_columns), c, count, s.scale);
+    if (p.wants[grad_scale] && p.scale.stride) write(p.scale, p.grads[grad_scale], c, s.scale, count);
+    if (p.wants[grad_norm_weight]) write(p.norm_weight, p.grads[grad_norm_weight], c, s.norm_weight, count);
+    if (p.wants[grad_norm_bias]) write(p.norm_bias, p.grads[grad_norm_bias], c, s.norm_bias, count);
+    if (p.wants[grad_skip]) write(p.skip, p.grads[grad_skip], c, s.skip, count);
+  }
+
   // Columns are shared among the parts, so that no two threads write to one gradient.
-  static void reduce(const Problem& p, void* shared_memory, const Segment* segments, int64_t count, void* partials, int64_t part,
-                     int64_t parts) {
+  static void reduce(const Problem& p, void* shared_memory, void*, const Segment* segments, int64_t count, void* partials,
+                     int64_t part, int64_t parts) {
     Arena shared(shared_memory);
     const Common<C> common = Base::common(p, shared);
     const int64_t bytes = Base::sizes(p).partial, blocks = ceil_div(p.d, lanes<C>);
@@ -117,15 +147,9 @@ struct Reduce : P {
       Run run = {segments, static_cast<char*>(partials), 0, 0, bytes};
       for (int64_t id = 0; id < p.g; ++id) {
         run.next(count, id);
-        if (needs_up_product(p) || p.wants[grad_up_bias]) up_rows(p, run, common, id, c, n, s);
-        if (needs_down_product(p) || p.wants[grad_norm_bias]) down_columns(p, run, common, id, c, n, s);
-        if (p.wants[grad_skip]) s.skip += total(p, run, &Partial<C>::skip, c);
+        columns(p, run, common, id, c, n, s);
       }
-      if (p.wants[grad_scale]) store_at<C>(static_cast<C*>(p.scale_columns), c, n, s.scale);
-      if (p.wants[grad_scale] && p.scale.stride) write(p.scale, p.grads[grad_scale], c, s.scale, n);
-      if (p.wants[grad_norm_weight]) write(p.norm_weight, p.grads[grad_norm_weight], c, s.norm_weight, n);
-      if (p.wants[grad_norm_bias]) write(p.norm_bias, p.grads[grad_norm_bias], c, s.norm_bias, n);
-      if (p.wants[grad_skip]) write(p.skip, p.grads[grad_skip], c, s.skip, n);
+      write_sums(p, s, c, n);
     }
   }
 
@@ -151,24 +175,8 @@ struct Reduce : P {
   }
 
   static Kernel kernel() {
-    return {Base::sizes, Base::read_parameters, Base::pack, Base::forward, Base::backward, reduce, finish};
+    return {Base::sizes, Base::read_parameters, Base::pack, Base::forward, Base::backward, reduce, finish, 64};
   }
 };
 
 }  // namespace fastadapt::FA_TARGET::bottleneck
-
-// One kernel a pair of dtypes, for the table of the instruction set.
-namespace fastadapt::bottleneck::FA_TARGET {
-
-Kernel kernel(Dtype dtype, Dtype weight_dtype) {
-  using namespace fastadapt::FA_TARGET::bottleneck;
-  const bool wide = weight_dtype != dtype;  // float32 weights of a 16-bit activation
-  switch (dtype) {
-    case Dtype::float16: return wide ? Reduce<Half, float>::kernel() : Reduce<Half, Half>::kernel();
-    case Dtype::bfloat16: return wide ? Reduce<BFloat16, float>::kernel() : Reduce<BFloat16, BFloat16>::kernel();
-    case Dtype::float64: return Reduce<double, double>::kernel();
-    default: return Reduce<float, float>::kernel();
-  }
-}
-
-}  // namespace fastadapt::bottleneck::FA_TARGET

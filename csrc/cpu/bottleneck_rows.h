@@ -102,16 +102,18 @@ FA_INLINE Operand<C> normalize(const T* const* rows, int64_t n, int64_t d, int64
   return {out, ld};
 }
 
-// y = residual + product + up_bias + skip * x, where the residual may be x.
+// y = residual + product (which carries up_bias) + skip * x, where the residual may be x.
 template <class T, class C>
 struct UpEpilogue {
   const Block<T>& block;
   const Problem& p;
-  const C *bias, *skip;
+  const C* skip;
+  int64_t first = 0;  // column of the operands' first
 
   template <int MR, int NV>
   FA_INLINE void operator()(int64_t i, int64_t j, Vec<C> (&acc)[MR][NV]) const {
     constexpr int L = lanes<C>;
+    j += first;
     const bool whole = j + NV * L <= p.d && p.x.step == 1 && p.residual.step == 1;
     const T* const* added = p.add_x ? block.x : p.residual.data ? block.residual : nullptr;
     const int64_t step = p.add_x ? p.x.step : p.residual.step;
@@ -120,7 +122,7 @@ struct UpEpilogue {
       for (int t = 0; t < MR; ++t)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
-          Vec<C> y = acc[t][v] + load<C>(bias + j + v * L);
+          Vec<C> y = acc[t][v];
           if (added) y += load<C>(added[i + t] + j + v * L);
           store(block.out[i + t] + j + v * L, y);
         }
@@ -130,7 +132,7 @@ struct UpEpilogue {
       for (int v = 0; v < NV; ++v) {
         const int64_t c = j + v * L, count = p.d - c;
         if (count <= 0) break;
-        Vec<C> y = acc[t][v] + load<C>(bias + c);
+        Vec<C> y = acc[t][v];
         if (added) y += load_at<C>(added[i + t], c, count, step);
         if (skip) y += load<C>(skip + c) * load_at<C>(block.x[i + t], c, count, p.x.step);
         store_at<C>(block.out[i + t], c, count, y);
@@ -146,31 +148,32 @@ struct GradEpilogue {
   const C* skip;
   Operand<C> xhat, grad_y;
   const C *rstd, *mean, *mean_x;  // rstd null: no norm
+  int64_t first = 0;              // column of the operands' first
 
   template <int MR, int NV>
   FA_INLINE void operator()(int64_t i, int64_t j, Vec<C> (&acc)[MR][NV]) const {
     constexpr int L = lanes<C>;
-    if (j + NV * L <= p.d && !rstd && !skip) {
+    if (first + j + NV * L <= p.d && !rstd && !skip) {
 #pragma GCC unroll 16
       for (int t = 0; t < MR; ++t)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           Vec<C> out = acc[t][v];
           if (p.add_x) out += load<C>(grad_y.data + (i + t) * grad_y.ld + j + v * L);
-          store(block.out[i + t] + j + v * L, out);
+          store(block.out[i + t] + first + j + v * L, out);
         }
       return;
     }
     for (int t = 0; t < MR; ++t)
       for (int v = 0; v < NV; ++v) {
-        const int64_t c = j + v * L, count = p.d - c, row = i + t;
+        const int64_t c = j + v * L, count = p.d - first - c, row = i + t;
         if (count <= 0) break;
         Vec<C> out = acc[t][v];
         if (rstd) out = rstd[row] * (out - mean[row] - load_at<C>(xhat.data + row * xhat.ld, c, count, 1) * mean_x[row]);
         const Vec<C> g = load_at<C>(grad_y.data + row * grad_y.ld, c, count, 1);
         if (p.add_x) out += g;
-        if (skip) out += load<C>(skip + c) * g;
-        store_at<C>(block.out[row], c, count, out);
+        if (skip) out += load<C>(skip + first + c) * g;
+        store_at<C>(block.out[row], first + c, count, out);
       }
   }
 };
@@ -227,7 +230,7 @@ struct Pass : Types<T, W> {
       const Operand<C> x = left(p, b, s);
       gemm(b.n, p.d, p.r, x.data, x.ld, a.down, a.down_bias, false, s.z, ldz);
       activate(p, b.n * ldz, s.z, c.hidden_skip);
-      gemm_epilogue(b.n, p.r, p.d, s.z, ldz, a.up, UpEpilogue<T, C>{b, p, a.up_bias, c.skip});
+      gemm_epilogue(b.n, p.r, p.d, s.z, ldz, a.up, a.up_bias, UpEpilogue<T, C>{b, p, c.skip});
     }
   }
 
@@ -276,12 +279,13 @@ struct Pass : Types<T, W> {
   }
 
   // sum_g += column sums of grad_y; skip += column sums of grad_y * x. Four sums side by side lose fewer bits than one.
-  static void column_sums(const Problem& p, const Block<T>& b, const Operand<C>& g, const Partial<C>& q) {
-    for (int64_t j = 0; j < p.d; j += lanes<C>) {
+  // The operand begins at column `begin`.
+  static void column_sums(const Problem& p, const Block<T>& b, const Operand<C>& g, const Partial<C>& q, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j += lanes<C>) {
       const int64_t count = p.d - j;
       Vec<C> total[4] = {}, product[4] = {};
       for (int64_t i = 0; i < b.n; ++i) {
-        const Vec<C> v = load_at<C>(g.data + i * g.ld, j, count, 1);
+        const Vec<C> v = load_at<C>(g.data + i * g.ld, j - begin, count, 1);
         total[i % 4] += v;
         if (q.skip) product[i % 4] += v * load_at<C>(b.x[i], j, count, p.x.step);
       }
@@ -314,12 +318,12 @@ struct Pass : Types<T, W> {
         if (needs_grad_a(p)) gemm(b.n, p.d, p.r, g.data, g.ld, a.up_back, static_cast<const C*>(nullptr), false, s.grad_a, width);
         hidden_gradients(p, b.n, s, c.hidden_skip, q);
       }
-      if (q.sum_g || q.skip) column_sums(p, b, g, q);
+      if (q.sum_g || q.skip) column_sums(p, b, g, q, 0, p.d);
       if (q.up) gemm_transposed(p.d, b.n, p.r, g.data, g.ld, s.a, width, more, q.up, width);
       if (q.down) gemm_transposed(p.d, b.n, p.r, x.data, x.ld, s.grad_a, width, more, q.down, width);
       if (p.wants[grad_x]) {
         if (s.rstd) norm_means(p, b.n, s, a);
-        gemm_epilogue(b.n, p.r, p.d, s.grad_a, width, a.down_back,
+        gemm_epilogue(b.n, p.r, p.d, s.grad_a, width, a.down_back, static_cast<const C*>(nullptr),
                       GradEpilogue<T, C>{b, p, c.skip, x, g, s.rstd, s.mean, s.mean_x});
       }
     }

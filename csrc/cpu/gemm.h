@@ -27,26 +27,25 @@ FA_INLINE constexpr int64_t packed_size(int64_t k, int64_t n) { return k * padde
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
+// Of two vectors, the elements whose index has BIT clear (or, with HIGH, set), pairwise interleaved.
+template <int BIT, bool HIGH, class V, int... J>
+FA_INLINE V exchange(V a, V b, std::integer_sequence<int, J...>) {
+  constexpr int n = sizeof...(J);
+  return __builtin_shufflevector(a, b, (J & BIT ? n + J - (HIGH ? 0 : BIT) : J + (HIGH ? BIT : 0))...);
+}
+
 // In place: one butterfly a bit of the index.
-template <class C>
+template <class C, int BIT = 1>
 FA_INLINE void transpose(Vec<C> (&v)[lanes<C>]) {
-  using I = typename Simd<C>::I;
-  constexpr int n = lanes<C>;
-#pragma GCC unroll 4
-  for (int bit = 1; bit < n; bit *= 2) {
-    I low, high;
-    for (int j = 0; j < n; ++j) {
-      low[j] = j & bit ? n + j - bit : j;
-      high[j] = j & bit ? n + j : j + bit;
-    }
+  constexpr std::make_integer_sequence<int, lanes<C>> indices;
 #pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (i & bit) continue;
-      Vec<C> a = v[i], b = v[i + bit];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + bit] = __builtin_shuffle(a, b, high);
-    }
+  for (int i = 0; i < lanes<C>; ++i) {
+    if (i & BIT) continue;
+    const Vec<C> a = v[i], b = v[i + BIT];
+    v[i] = exchange<BIT, false>(a, b, indices);
+    v[i + BIT] = exchange<BIT, true>(a, b, indices);
   }
+  if constexpr (2 * BIT < lanes<C>) transpose<C, 2 * BIT>(v);
 }
 
 // A k x n matrix in memory: element (i, j) at data[i * k_stride + j * n_stride], times k_factor[i] and n_factor[j] if given.
@@ -67,11 +66,11 @@ FA_INLINE void pack_vector(const Source<C, S>& b, int64_t j, int64_t k0, int64_t
   const Vec<C> factor = b.n_factor ? load_some<C>(b.n_factor + j, count) : broadcast<C>(1);
   auto finish = [&](int64_t i, Vec<C> v) { store(out + i * width, b.k_factor ? v * factor * b.k_factor[i] : v * factor); };
   int64_t i = k0;
-  if (b.k_stride == 1 && count == L) {
+  if (b.k_stride == 1) {
     for (; i + L <= k1; i += L) {
       Vec<C> v[L];
 #pragma GCC unroll 16
-      for (int t = 0; t < L; ++t) v[t] = load<C>(column + t * b.n_stride + i);
+      for (int t = 0; t < L; ++t) v[t] = t < count ? load<C>(column + t * b.n_stride + i) : Vec<C>{};
       transpose<C>(v);
 #pragma GCC unroll 16
       for (int t = 0; t < L; ++t) finish(i + t, v[t]);
@@ -211,17 +210,38 @@ void gemm_transposed(int64_t columns, int64_t rows, int64_t n, const C* a, int64
   });
 }
 
-// a * b handed tile by tile to the epilogue, which adds what it likes and stores: epilogue(row, column, acc[MR][NV]).
+// Packed right operands up to this size stay in the first-level cache beside the rows.
+constexpr int64_t resident_bytes = 32 << 10;
+
+// a * b + start, handed tile by tile to the epilogue, which adds what it likes and stores: epilogue(row, column, acc[MR][NV]).
+// `start` has panel_width more elements than n. A small b stays in cache while the rows pass, which reads and writes them in
+// sequence; of a large b one panel at a time stays.
 template <class C, class Epilogue>
-void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const Epilogue& epilogue) {
-  for_panels<C>(n, [&](auto nv, int64_t j) FA_FORCED {
-    constexpr int NV = decltype(nv)::value;
-    for_row_tiles<NV>(rows, [&](auto mr, int64_t i) FA_FORCED {
-      Vec<C> acc[decltype(mr)::value][NV] = {};
-      multiply<C, decltype(mr)::value, NV, false>(k, a + i * lda, lda, packed + j * k, NV * lanes<C>, acc);
-      epilogue(i, j, acc);
+void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
+                   const Epilogue& epilogue) {
+  auto tile = [&](auto nv, int64_t j, auto mr, int64_t i) FA_FORCED {
+    constexpr int MR = decltype(mr)::value, NV = decltype(nv)::value;
+    Vec<C> acc[MR][NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const Vec<C> first = start ? load<C>(start + j + v * lanes<C>) : Vec<C>{};
+#pragma GCC unroll 16
+      for (int t = 0; t < MR; ++t) acc[t][v] = first;
+    }
+    multiply<C, MR, NV, false>(k, a + i * lda, lda, packed + j * k, NV * lanes<C>, acc);
+    epilogue(i, j, acc);
+  };
+  if (packed_size<C>(k, n) * static_cast<int64_t>(sizeof(C)) <= resident_bytes) {
+    constexpr int64_t step = tile_rows<max_vectors>;
+    for (int64_t i = 0; i < rows; i += step)
+      for_panels<C>(n, [&](auto nv, int64_t j) FA_FORCED {
+        for_row_tiles<decltype(nv)::value>(least(step, rows - i), [&](auto mr, int64_t t) FA_FORCED { tile(nv, j, mr, i + t); });
+      });
+  } else {
+    for_panels<C>(n, [&](auto nv, int64_t j) FA_FORCED {
+      for_row_tiles<decltype(nv)::value>(rows, [&](auto mr, int64_t i) FA_FORCED { tile(nv, j, mr, i); });
     });
-  });
+  }
 }
 
 }  // namespace fastadapt::FA_TARGET

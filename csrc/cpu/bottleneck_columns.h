@@ -1,0 +1,190 @@
+// Few rows: threads share the work by columns, so that each weight is read once, packed where it is used and never stored.
+//   project  partial sums of z (and of grad_a) over a chunk of the columns of x (and of grad_y)
+//   hidden   their sum, and what follows from it for the hidden values
+//   expand   the columns of y, or of grad_x and of the weight gradients
+#pragma once
+#include "bottleneck_reduce.h"
+
+namespace fastadapt::FA_TARGET::bottleneck {
+
+// Chunks don't depend on the number of threads, so neither do the sums.
+constexpr int64_t column_chunks = 8;
+
+template <class T, class W>
+struct Columns : Reduce<T, W> {
+  using Base = Reduce<T, W>;
+  using C = Compute<T>;
+
+  struct Shared {
+    Common<C> common;
+    Adapter<C> adapter;              // the biases
+    Scratch<C> hidden;               // z, grad_a and a of every row
+    C *z_chunks, *grad_a_chunks;     // column_chunks of them
+  };
+
+  struct Local {
+    C *packed, *x, *grad_y;  // a chunk of a weight, and of rows that can't be read in place
+  };
+
+  static FA_INLINE int64_t hidden_size(const Problem& p) { return p.m * padded<C>(p.r); }
+
+  static FA_INLINE Shared layout(const Problem& p, Arena& arena) {
+    Shared s = {};
+    s.common = Base::common(p, arena);
+    s.adapter = Base::adapter(p, arena);
+    s.hidden.z = arena.take<C>(hidden_size(p));
+    s.z_chunks = arena.take<C>(column_chunks * hidden_size(p));
+    if (!p.backward) return s;
+    s.hidden.a = arena.take<C>(hidden_size(p));
+    s.hidden.grad_a = arena.take<C>(hidden_size(p));
+    s.grad_a_chunks = arena.take<C>(column_chunks * hidden_size(p));
+    return s;
+  }
+
+  static FA_INLINE Local local(const Problem& p, Arena& arena) {
+    Local l;
+    l.packed = arena.take<C>(most(packed_size<C>(inner_block, p.r), packed_size<C>(p.r, panel_width<C>)));
+    l.x = arena.take<C>(p.m * inner_block);
+    l.grad_y = arena.take<C>(p.backward ? p.m * inner_block : 0);
+    return l;
+  }
+
+  static Sizes sizes(const Problem& p) {
+    if (!p.by_columns) return Base::sizes(p);
+    Arena shared(nullptr), thread(nullptr), part(nullptr);
+    layout(p, shared);
+    local(p, thread);
+    Base::partial(p, part);
+    return {shared.used(), thread.used(), p.backward ? part.used() : 0};
+  }
+
+  // Columns [c, c + n) of some rows, in place or copied.
+  static FA_INLINE Operand<C> columns(const T* const* rows, int64_t m, int64_t c, int64_t n, int64_t step, C* copy) {
+    const T* at[max_rows];
+    for (int64_t i = 0; i < m; ++i) at[i] = rows[i] + c * step;
+    return operand(at, m, n, step, copy);
+  }
+
+  static void project(const Problem& p, void* shared_memory, void* thread_memory, int64_t part, int64_t parts) {
+    if (!needs_hidden(p)) return;
+    Arena shared(shared_memory), thread(thread_memory);
+    const Shared s = layout(p, shared);
+    const Local l = local(p, thread);
+    Block<T> b;
+    locate(p, 0, p.m, b);
+    const int64_t size = hidden_size(p), ldz = padded<C>(p.r);
+    const int64_t width = round_up(ceil_div(p.d, column_chunks), lanes<C>);
+    const W *down = Base::element(p.down, 0, 0, 0), *up = Base::element(p.up, 0, 0, 0);
+    for (int64_t chunk = column_chunks * part / parts; chunk < column_chunks * (part + 1) / parts; ++chunk) {
+      const int64_t begin = least(p.d, chunk * width), end = least(p.d, begin + width);
+      C *z = s.z_chunks + chunk * size, *grad_a = s.grad_a_chunks + chunk * size;
+      int64_t c = begin;
+      do {  // an empty chunk still clears its sums
+        const int64_t n = least(inner_block, end - c);
+        auto product = [&](const Operand<C>& rows, const Source<C, W>& weight, C* out) FA_FORCED {
+          fastadapt::FA_TARGET::pack(weight, l.packed, 0, pack_units<C>(n, p.r));
+          gemm(p.m, n, p.r, rows.data, rows.ld, l.packed, static_cast<const C*>(nullptr), c > begin, out, ldz);
+        };
+        product(columns(b.x, p.m, c, n, p.x.step, l.x),
+                {down + c * p.down.stride_1, p.down.stride_1, p.down.stride_0, n, p.r, nullptr, nullptr}, z);
+        if (p.backward && needs_grad_a(p))
+          product(columns(b.grad_y, p.m, c, n, p.grad_y.step, l.grad_y),
+                  {up + c * p.up.stride_0, p.up.stride_0, p.up.stride_1, n, p.r, s.common.scale ? s.common.scale + c : nullptr, nullptr},
+                  grad_a);
+        c += n;
+      } while (c < end);
+    }
+  }
+
+  static FA_INLINE void add_chunks(const Problem& p, const C* chunks, const C* start, C* out) {
+    const int64_t size = hidden_size(p), width = padded<C>(p.r);
+    for (int64_t i = 0; i < size; i += width)
+      for (int64_t j = i; j < i + width; j += lanes<C>) {
+        Vec<C> even = start ? load<C>(start + j - i) : Vec<C>{}, odd = {};
+#pragma GCC unroll 4
+        for (int64_t chunk = 0; chunk < column_chunks; chunk += 2) {
+          even += load<C>(chunks + chunk * size + j);
+          odd += load<C>(chunks + (chunk + 1) * size + j);
+        }
+        store(out + j, even + odd);
+      }
+  }
+
+  static void hidden(const Problem& p, void* shared_memory, void* partial_memory) {
+    Arena shared(shared_memory), part(partial_memory);
+    const Shared s = layout(p, shared);
+    if (needs_hidden(p)) add_chunks(p, s.z_chunks, s.adapter.down_bias, s.hidden.z);
+    if (!p.backward) return Base::activate(p, hidden_size(p), s.hidden.z, s.common.hidden_skip);
+    const Partial<C> q = Base::partial(p, part);
+    Base::clear(p, q);
+    if (needs_grad_a(p)) add_chunks(p, s.grad_a_chunks, nullptr, s.hidden.grad_a);
+    if (needs_hidden(p)) Base::hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
+  }
+
+  static void expand(const Problem& p, void* shared_memory, void* thread_memory, void* partials, int64_t part, int64_t parts) {
+    Arena shared(shared_memory), thread(thread_memory), partial(partials);
+    const Shared s = layout(p, shared);
+    const Local l = local(p, thread);
+    const Partial<C> q = p.backward ? Base::partial(p, partial) : Partial<C>{};
+    Block<T> b;
+    locate(p, 0, p.m, b);
+    const int64_t panels = ceil_div(p.d, panel_width<C>), width = padded<C>(p.r);
+    for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
+      const int64_t c = panel * panel_width<C>, n = least(panel_width<C>, p.d - c);
+      if (!p.backward) {
+        pack_panel(p, p.up, p.up.stride_0, p.up.stride_1, c, n, s.common.scale, l.packed);
+        gemm_epilogue(p.m, p.r, n, s.hidden.z, width, l.packed, s.adapter.up_bias + c, UpEpilogue<T, C>{b, p, s.common.skip, c});
+        continue;
+      }
+      const Operand<C> g = columns(b.grad_y, p.m, c, n, p.grad_y.step, l.grad_y);
+      if (q.up) gemm_transposed(n, p.m, p.r, g.data, g.ld, s.hidden.a, width, false, q.up + c * width, width);
+      if (q.down) {
+        const Operand<C> x = columns(b.x, p.m, c, n, p.x.step, l.x);
+        gemm_transposed(n, p.m, p.r, x.data, x.ld, s.hidden.grad_a, width, false, q.down + c * width, width);
+      }
+      if (q.sum_g || q.skip) Base::column_sums(p, b, g, q, c, c + n);
+      if (p.wants[grad_x]) {
+        pack_panel(p, p.down, p.down.stride_1, p.down.stride_0, c, n, nullptr, l.packed);
+        gemm_epilogue(p.m, p.r, n, s.hidden.grad_a, width, l.packed, static_cast<const C*>(nullptr),
+                      GradEpilogue<T, C>{b, p, s.common.skip, {}, g, nullptr, nullptr, nullptr, c});
+      }
+      const Segment all = {0, 0, p.m};
+      Base::reduce_blocks(p, s.common, &all, 1, partials, sizes(p).partial, c / lanes<C>, ceil_div(c + n, lanes<C>));
+    }
+  }
+
+  // Columns [c, c + n) of a right operand with r rows.
+  static FA_INLINE void pack_panel(const Problem& p, const Weight& w, int64_t column_stride, int64_t rank_stride, int64_t c,
+                                   int64_t n, const C* scale, C* packed) {
+    const W* data = static_cast<const W*>(w.data) + c * column_stride;
+    const Source<C, W> source = {data, rank_stride, column_stride, p.r, n, nullptr, scale ? scale + c : nullptr};
+    fastadapt::FA_TARGET::pack(source, packed, 0, pack_units<C>(p.r, n));
+  }
+
+  static Kernel kernel() {
+    Kernel k = Base::kernel();
+    k.sizes = sizes;
+    k.project = project;
+    k.hidden = hidden;
+    k.expand = expand;
+    return k;
+  }
+};
+
+}  // namespace fastadapt::FA_TARGET::bottleneck
+
+// One kernel a pair of dtypes, for the table of the instruction set.
+namespace fastadapt::bottleneck::FA_TARGET {
+
+Kernel kernel(Dtype dtype, Dtype weight_dtype) {
+  using namespace fastadapt::FA_TARGET::bottleneck;
+  const bool wide = weight_dtype != dtype;  // float32 weights of a 16-bit activation
+  switch (dtype) {
+    case Dtype::float16: return wide ? Columns<Half, float>::kernel() : Columns<Half, Half>::kernel();
+    case Dtype::bfloat16: return wide ? Columns<BFloat16, float>::kernel() : Columns<BFloat16, BFloat16>::kernel();
+    case Dtype::float64: return Columns<double, double>::kernel();
+    default: return Columns<float, float>::kernel();
+  }
+}
+
+}  // namespace fastadapt::bottleneck::FA_TARGET
