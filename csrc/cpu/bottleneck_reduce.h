@@ -135,13 +135,10 @@ struct Reduce : P {
     if (p.wants[grad_skip]) write(p.skip, p.grads[grad_skip], c, s.skip, count);
   }
 
-  // Columns are shared among the parts, so that no two threads write to one gradient.
-  static void reduce(const Problem& p, void* shared_memory, void*, const Segment* segments, int64_t count, void* partials,
-                     int64_t part, int64_t parts) {
-    Arena shared(shared_memory);
-    const Common<C> common = Base::common(p, shared);
-    const int64_t bytes = Base::sizes(p).partial, blocks = ceil_div(p.d, lanes<C>);
-    for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+  // Blocks [first, last) of a vector of columns.
+  static void reduce_blocks(const Problem& p, const Common<C>& common, const Segment* segments, int64_t count, void* partials,
+                            int64_t bytes, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
       const int64_t c = block * lanes<C>, n = least(lanes<C>, p.d - c);
       Sums s = {};
       Run run = {segments, static_cast<char*>(partials), 0, 0, bytes};
@@ -151,6 +148,15 @@ struct Reduce : P {
       }
       write_sums(p, s, c, n);
     }
+  }
+
+  // Columns are shared among the parts, so that no two threads write to one gradient.
+  static void reduce(const Problem& p, void* shared_memory, void*, const Segment* segments, int64_t count, void* partials,
+                     int64_t part, int64_t parts) {
+    Arena shared(shared_memory);
+    const Common<C> common = Base::common(p, shared);
+    const int64_t blocks = ceil_div(p.d, lanes<C>);
+    reduce_blocks(p, common, segments, count, partials, Base::sizes(p).partial, blocks * part / parts, blocks * (part + 1) / parts);
   }
 
   // The gradients that don't have a column: of the hidden vectors, and of a scale that is one number.
