@@ -1,5 +1,6 @@
 """Triton kernels of bottleneck: a program keeps the hidden activations of its rows in registers."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from .bottleneck_bwd import (
     bottleneck_bwd_rows_kernel,
 )
 
-MAX_RANK = 256  # the hidden tile must fit the registers
 # KiB of shared memory that a program may use, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 # Programs that fill the largest chips twice. The same everywhere, so that sums are split, and round, the same everywhere.
 _PROGRAMS = 264
+# Before 3.7.1 Triton omits the fence between cp.async and wgmma on sm_90. Tiles under 64 rows use mma.sync, which needs none.
+_WGMMA = [int(n) for n in re.findall(r"\d+", triton.__version__)[:3]] >= [3, 7, 1]
 _GRADIENTS = (
     "x", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
     "hidden_skip_weight",
@@ -115,7 +117,7 @@ def _row_blocks(x, weight, m, d, r, tallest):
     if x.element_size() == 4:
         block_m, block_d = (32, 32) if block_r <= 64 else (16, 16)
     else:
-        block_m = 64 if d <= 1024 and block_r <= tallest else 32 if d <= 4096 else 16
+        block_m = 64 if d <= 1024 and block_r <= tallest and _WGMMA else 32 if d <= 4096 else 16
         block_d = 128 if block_m <= 32 and block_r <= 32 else 64
     while block_m > 16 and triton.cdiv(m, block_m) < _PROGRAMS // 2:
         block_m //= 2
@@ -132,7 +134,7 @@ def _column_blocks(x, d, block_r):
     if x.element_size() == 4:
         block_m, block_d = (32, 32) if block_r <= 64 else (16, 16)
     else:
-        block_m, block_d = 32, 64
+        block_m, block_d = 32, 64 if _WGMMA else 32
     block_d = min(block_d, max(16, triton.next_power_of_2(d)))
     return {
         "BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4 if block_r <= 64 else 8,
@@ -146,7 +148,7 @@ def _dense(*tensors):
 
 
 def _bank(adapter_ids, x, down_weight):
-    """``(order, starts, g, grid rows, constexprs)`` of a call; without a bank everything belongs to adapter 0."""
+    """``(order, starts, g, constexprs)`` of a call; without a bank everything belongs to adapter 0."""
     if adapter_ids is None:
         return None, None, 1, {"GROUPS": 0}
     g = down_weight.shape[0]
@@ -260,7 +262,7 @@ class _Backward:
         """The gradients of the parameters, in their order."""
         want, x, parameters = self.want, self.x, self.parameters
         if not any(want[1:]):
-            return [x.new_empty(0)] * 9
+            return [x.new_empty(0) for _ in parameters]
         other = x if want.skip_weight else None
         up_planes, sums, dots = self.columns(
             self.grad_y, self.grad_rows, self.d, self.order, self.hidden, None, self.grad_y_sums, other

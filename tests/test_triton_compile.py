@@ -53,7 +53,7 @@ def test_compiles_and_fits(call):
             machine = offline.inspect(offline.compiled(launch))
         what = f"{launch.name} {launch.kwargs}: {machine}"
         assert len(launch.grid) == 1 and launch.grid[0] < 2**31, what
-        assert machine.stack <= STACK, what
+        assert machine.stack <= STACK and not machine.unfenced, what
         assert machine.shared <= offline.SHARED[arch] * 1024, what
         # Sums of grad_z alone, norms and the ordered sum multiply no matrices.
         products = "fwd" in launch.name or "rows" in launch.name

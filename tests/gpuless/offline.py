@@ -97,7 +97,8 @@ class _Pointer:
 
 
 class Machine(NamedTuple):
-    """What the machine code of a kernel uses. ``stack`` and ``spills`` are zero in a kernel that fits its registers."""
+    """What the machine code of a kernel uses. ``stack`` and ``spills`` are zero in a kernel that fits its registers;
+    ``unfenced``: wgmma reads what cp.async wrote to shared memory with no fence between the two."""
 
     registers: int
     stack: int
@@ -105,6 +106,7 @@ class Machine(NamedTuple):
     shared: int
     tensor_cores: bool
     wide_loads: bool
+    unfenced: bool
 
 
 def compiled(launch):
@@ -121,8 +123,10 @@ def inspect(kernel) -> Machine:
         tool = str(Path(nvidia).parent / "bin" / "cuobjdump")
         read = lambda option: subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout  # noqa: E731
         usage, code = read("--dump-resource-usage"), read("-sass")
+    ptx = kernel.asm["ptx"]
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return Machine(
         registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", code)), kernel.metadata.shared,
         re.search(TENSOR_CORES, code) is not None, re.search(r"\b(LDG|LDGSTS)\S*\.128", code) is not None,
+        "wgmma.mma_async" in ptx and "cp.async" in ptx and "fence.proxy.async" not in ptx,
     )  # fmt: skip
