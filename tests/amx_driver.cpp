@@ -71,10 +71,10 @@ void amx_accumulate(const float* h, int64_t m, int64_t r, bool ones, const bf16*
   Buffer<bf16> scratch(scratch_size(m, 0)), at(round_up(rows, 16) * round_up(m, 32));
   Buffer<float> sums(round_up(rows, 16) * stride);
   for (int64_t i = 0; i < rows; i++) std::memcpy(sums.p + i * stride, c + i * n, n * 4);
-  transpose_round(h, r, m, r, ones, at.p);
+  transpose_round(h, r, m, r, ones, at.p, round_up(m, 32));
   {
     const Session session(scratch.p, m);
-    accumulate(session, at.p, rows, x, m, n, fresh, sums.p);
+    accumulate(session, at.p, round_up(m, 32), rows, x, m, n, fresh, sums.p, stride);
   }
   for (int64_t i = 0; i < rows; i++) std::memcpy(c + i * n, sums.p + i * stride, n * 4);
 }

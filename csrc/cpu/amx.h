@@ -191,14 +191,14 @@ inline Strip strip(const bf16* const* x, int64_t count, int64_t k, bf16* copy, b
 }
 
 template <int MT>
-void accumulate_tile(const bf16* at, int64_t m32, const bf16* pairs, bool fresh, float* c, int64_t ldc) {
-  const char *a0 = reinterpret_cast<const char*>(at), *a1 = a0 + 32 * m32;
+void accumulate_tile(const bf16* at, int64_t lda, int64_t steps, const bf16* pairs, bool fresh, float* c, int64_t ldc) {
+  const char *a0 = reinterpret_cast<const char*>(at), *a1 = a0 + 32 * lda;
   if (fresh)
     clear<MT, 2>();
   else
     load_all<MT, 2>(c, 4 * ldc);
-  for (int64_t t = 0; t < m32 / 32; t++)
-    step<MT, 2>(a0 + 64 * t, 2 * m32, a1 + 64 * t, 2 * m32, pairs + 1024 * t, pairs + 1024 * t + 512);
+  for (int64_t t = 0; t < steps; t++)
+    step<MT, 2>(a0 + 64 * t, 2 * lda, a1 + 64 * t, 2 * lda, pairs + 1024 * t, pairs + 1024 * t + 512);
   store_all<MT, 2>(c, 4 * ldc);
 }
 
@@ -401,12 +401,13 @@ FASTADAPT_AVX512 inline void round_rows(const float* h, int64_t ldh, int64_t m, 
                          detail::row32(h + least(i, m - 1) * ldh + c, i < m ? detail::mask_of(r - c) : 0));
 }
 
-// The left operand of accumulate: out[c][i] = h[i][c] for i < m, c < r; zero to round_up(r + ones, 16) rows of round_up(m, 32).
-// `ones` adds a row of ones below, with which the product holds the sums of the columns of its right operand.
-FASTADAPT_AVX512 inline void transpose_round(const float* h, int64_t ldh, int64_t m, int64_t r, bool ones, bf16* out) {
-  const int64_t lda = round_up(m, 32), rows = round_up(r + ones, 16);
+// The left operand of accumulate: out[c][i] = h[i][c] for i < m, c < r; zero to round_up(r + ones, 16) rows of round_up(m, 32),
+// which begin lda apart. `ones` adds a row of ones below, with which the product holds the column sums of its right operand.
+FASTADAPT_AVX512 inline void transpose_round(const float* h, int64_t ldh, int64_t m, int64_t r, bool ones, bf16* out,
+                                             int64_t lda) {
+  const int64_t rows = round_up(r + ones, 16);
   for (int64_t c = 0; c < rows; c += 16)
-    for (int64_t i = 0; i < lda; i += 16) {
+    for (int64_t i = 0; i < round_up(m, 32); i += 16) {
       const __mmask16 mask = static_cast<__mmask16>(detail::mask_of(least(16, r - c)));
       __m512i v[16];
 #pragma GCC unroll 16
@@ -459,10 +460,10 @@ FASTADAPT_AVX512 inline void up(const Session& session, const bf16* a, int64_t m
 }
 
 // c[r, n] += at * x, or = if fresh; at as transpose_round leaves it for m rows, c has round_up(r, 16) rows of
-// accumulator_stride(n) floats.
-FASTADAPT_AVX512 inline void accumulate(const Session& session, const bf16* at, int64_t r, const bf16* const* x, int64_t m,
-                                        int64_t n, bool fresh, float* c) {
-  const int64_t m32 = round_up(m, 32), ldc = accumulator_stride(n), r16 = round_up(r, 16);
+// ldc >= accumulator_stride(n) floats.
+FASTADAPT_AVX512 inline void accumulate(const Session& session, const bf16* at, int64_t lda, int64_t r, const bf16* const* x,
+                                        int64_t m, int64_t n, bool fresh, float* c, int64_t ldc) {
+  const int64_t m32 = round_up(m, 32), r16 = round_up(r, 16);
   for (int64_t j = 0; j < n; j += 32) {
     const uint32_t mask = detail::mask_of(n - j);
     for (int64_t i = 0; i < m32; i += 2) {
@@ -474,7 +475,7 @@ FASTADAPT_AVX512 inline void accumulate(const Session& session, const bf16* at, 
       _mm512_store_si512(out + 512, second);
     }
     for (int64_t i = 0; i < r16; i += 32)
-      (r16 - i > 16 ? detail::accumulate_tile<2> : detail::accumulate_tile<1>)(at + i * m32, m32, session.pairs,
+      (r16 - i > 16 ? detail::accumulate_tile<2> : detail::accumulate_tile<1>)(at + i * lda, lda, m32 / 32, session.pairs,
                                                                                fresh, c + i * ldc + j, ldc);
   }
 }

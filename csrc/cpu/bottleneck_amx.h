@@ -1,5 +1,8 @@
-// The bottleneck adapter on bfloat16 rows where the processor has AMX: as bottleneck_rows.h, with the products of amx.h.
-// Left operands are rounded to bfloat16: the normalized rows, the hidden values and their gradients, as plain PyTorch does.
+// The bottleneck adapter on bfloat16 rows where the processor has AMX: the products of amx.h instead of those of gemm.h. Left
+// operands are rounded to bfloat16 (normalized rows, hidden values and their gradients), as plain PyTorch does.
+//
+// The sums of weight gradients are too large to pass them between the caches and the tiles for every block of rows. So backward
+// keeps the hidden values, a small matrix, and `reduce` multiplies them with all rows, a strip of columns at a time.
 #pragma once
 #include "amx.h"
 #include "bottleneck_reduce.h"
@@ -13,29 +16,45 @@ struct AmxPass : Pass<BFloat16, W> {
   using T = BFloat16;
   using C = float;
 
-  static constexpr bool rank_rows = true;
-  static FA_INLINE int64_t product_stride(const Problem& p) { return amx::accumulator_stride(p.d); }
-
-  // `small` holds the vectors; its packed weights stay null. The scale and the norm's weight enter a product behind which
-  // nothing could apply them, and otherwise its epilogue, in float32.
+  // `small` holds the vectors; its packed weights stay null.
   struct Weights {
     Adapter<C> small;
     T *down, *up, *up_back, *down_back;
   };
 
+  // Of a thread, for blocks of rows.
   struct Memory {
     Scratch<C> hidden;
-    T *tiles, *a, *a_transposed;
-    C* row;                       // one row in float32, on its way through the norm
-    C *row_add, *row_skip;        // of the norm's backward
-    T *x, *residual, *grad_y;     // blocks of rows that are normalized, or that the tiles can't read in place
+    C *mean, *row_add, *row_skip;
+    T *tiles, *a, *normed;
+    T *x, *residual, *grad_y;  // null where the tiles can read the rows in place
   };
 
-  // The row blocks of backward are longer: a block loads and stores all the sums of the weight gradients.
+  // Of a thread, for the sums of weight gradients in a strip of columns.
+  struct Strip {
+    C *up, *down, *skip, *down_bias;
+    T *tiles, *x, *grad_y;
+  };
+
+  // What a segment leaves for the weight gradients: its hidden values and their gradients, transposed, with a row of ones below
+  // the former, and the moments of its rows.
+  struct Kept {
+    C *down_bias, *hidden_skip, *mean, *rstd;
+    T *a, *grad_z;
+  };
+
+  static constexpr int64_t strip_width = 256;
+  static constexpr bool rank_rows = true;
+  static FA_INLINE int64_t product_stride(const Problem&) { return amx::accumulator_stride(strip_width); }
+
+  // In backward whole steps of the tiles' inner dimension.
   static FA_INLINE int64_t block_rows(const Problem& p) {
     const int64_t bytes = p.d * static_cast<int64_t>(sizeof(T));
     return p.backward ? least(96, most(32, (int64_t{192} << 10) / most(1, bytes) / 32 * 32)) : 48;
   }
+
+  static FA_INLINE int64_t kept_rows(const Problem& p) { return needs_up_product(p) ? p.r : 0; }
+  static FA_INLINE bool needs_sums(const Problem& p) { return p.wants[grad_up_bias] || p.wants[grad_scale]; }
 
   static FA_INLINE Weights weights(const Problem& p, Arena& arena) {
     const int64_t d = p.d, r = p.r;
@@ -56,12 +75,15 @@ struct AmxPass : Pass<BFloat16, W> {
     s.tiles = arena.take<T>(amx::scratch_size(rows, p.d));
     s.a = arena.take<T>(rows * round_up(p.r, 32));
     s.hidden.z = arena.take<C>(hidden);
-    if (p.norm_weight.data) s.row = arena.take<C>(padded<C>(p.d)), s.hidden.rstd = arena.take<C>(rows);
-    if (p.norm_weight.data || p.x.step != 1) s.x = arena.take<T>((p.norm_weight.data && p.x.step != 1 ? 2 : 1) * wide);
+    if (p.norm_weight.data) {
+      s.normed = arena.take<T>(wide);
+      s.hidden.rstd = arena.take<C>(rows);
+      s.mean = arena.take<C>(rows);
+    }
+    if (p.x.step != 1) s.x = arena.take<T>(wide);
     if (p.residual.step != 1) s.residual = arena.take<T>(wide);
     if (!p.backward) return s;
     if (p.grad_y.step != 1) s.grad_y = arena.take<T>(wide);
-    s.a_transposed = arena.take<T>(rows * round_up(p.r + 1, 16));
     s.hidden.grad_a = arena.take<C>(hidden);
     s.hidden.a = arena.take<C>(hidden);
     s.hidden.mean = arena.take<C>(rows);
@@ -71,27 +93,46 @@ struct AmxPass : Pass<BFloat16, W> {
     return s;
   }
 
-  // Sums of weight gradients have one row a hidden value; the column sums of grad_y are a row more of the same product.
+  static FA_INLINE Strip strip(const Problem& p, Arena& arena) {
+    const int64_t rows = block_rows(p), stride = product_stride(p);
+    Strip s = {};
+    s.tiles = arena.take<T>(amx::scratch_size(rows, 0));
+    s.up = arena.take<C>(round_up(kept_rows(p) + needs_sums(p), 16) * stride);
+    s.down = arena.take<C>(round_up(p.r, 16) * stride);
+    s.skip = arena.take<C>(strip_width);
+    s.down_bias = arena.take<C>(padded<C>(p.r));
+    s.x = arena.take<T>(rows * strip_width);
+    s.grad_y = arena.take<T>(rows * strip_width);
+    return s;
+  }
+
+  static FA_INLINE Kept kept(const Problem& p, Arena& arena) {
+    const int64_t rows = round_up(p.segment_rows, 32);
+    Kept k = {};
+    k.down_bias = arena.take<C>(padded<C>(p.r));
+    k.hidden_skip = arena.take<C>(padded<C>(p.r));
+    if (p.norm_weight.data) k.mean = arena.take<C>(rows), k.rstd = arena.take<C>(rows);
+    if (kept_rows(p) + needs_sums(p)) k.a = arena.take<T>(round_up(kept_rows(p) + needs_sums(p), 16) * rows);
+    if (needs_down_product(p)) k.grad_z = arena.take<T>(round_up(p.r, 16) * rows);
+    return k;
+  }
+
+  // The part of Kept that is a sum already.
   static FA_INLINE Partial<C> partial(const Problem& p, Arena& arena) {
+    const Kept k = kept(p, arena);
     Partial<C> q = {};
-    const int64_t stride = amx::accumulator_stride(p.d), up_rows = needs_up_product(p) ? p.r : 0;
-    const bool sums = p.wants[grad_up_bias] || p.wants[grad_scale];
-    if (up_rows + sums) q.up = arena.take<C>(round_up(up_rows + sums, 16) * stride);
-    if (sums) q.sum_g = q.up + up_rows * stride;
-    if (needs_down_product(p)) q.down = arena.take<C>(round_up(p.r, 16) * stride);
-    if (p.wants[grad_skip]) q.skip = arena.take<C>(padded<C>(p.d));
-    q.down_bias = arena.take<C>(padded<C>(p.r));
-    q.hidden_skip = arena.take<C>(padded<C>(p.r));
+    q.down_bias = k.down_bias;
+    q.hidden_skip = k.hidden_skip;
     return q;
   }
 
   static Sizes sizes(const Problem& p) {
-    Arena shared(nullptr), thread(nullptr), part(nullptr);
+    Arena shared(nullptr), thread(nullptr), columns(nullptr), part(nullptr);
     Base::common(p, shared);
     weights(p, p.bank ? thread : shared);
     memory(p, thread);
-    partial(p, part);
-    return {shared.used(), thread.used(), p.backward ? part.used() : 0};
+    if (p.backward) strip(p, columns), kept(p, part);
+    return {shared.used(), most(thread.used(), columns.used()), part.used()};
   }
 
   // Packs the share `part` of `parts` of a right operand.
@@ -102,6 +143,7 @@ struct AmxPass : Pass<BFloat16, W> {
       amx::pack(packed, w, stride_n, stride_k, scale, n, k, j);
   }
 
+  // The scale of up and the norm's weight of down_back are left to the epilogue, which applies them in float32.
   static void pack_adapter(const Problem& p, const Common<C>& c, const Weights& w, int64_t id, int64_t part, int64_t parts) {
     const W *down = Base::element(p.down, id, 0, 0), *up = Base::element(p.up, id, 0, 0);
     pack_share(down, p.down.stride_0, p.down.stride_1, c.norm_weight, p.r, p.d, w.down, part, parts);
@@ -125,30 +167,49 @@ struct AmxPass : Pass<BFloat16, W> {
     return w;
   }
 
-  // Makes the rows contiguous where they aren't.
-  static FA_INLINE void gather(const Rows& rows, const T** at, int64_t n, int64_t d, T* copy) {
-    if (rows.step == 1 || !rows.data) return;
-    for (int64_t i = 0; i < n; ++i, copy += d) {
-      for (int64_t j = 0; j < d; ++j) copy[j] = at[i][j * rows.step];
-      at[i] = copy;
+  // The mean is refined by the sum of what it leaves, so that a large one does no harm.
+  static void moments(const Problem& p, const T* row, C* mean, C* rstd) {
+    const int64_t step = p.x.step, whole = p.d / lanes<C> * lanes<C>;
+    Vec<C> total = {}, rest = {}, square = {};
+    for (int64_t j = 0; j < p.d; j += lanes<C>) total += load_at<C>(row, j, p.d - j, step);
+    const C first = sum<C>(total) / p.d;
+    for (int64_t j = 0; j < p.d; j += lanes<C>) {
+      Vec<C> v = load_at<C>(row, j, p.d - j, step) - first;
+      for (int64_t t = p.d - j; j == whole && t < lanes<C>; ++t) v[t] = 0;
+      rest += v;
+      square += v * v;
+    }
+    const C shift = sum<C>(rest) / p.d, variance = sum<C>(square) / p.d - shift * shift;
+    *mean = first + shift;
+    // A single column has nothing to vary.
+    *rstd = p.d == 1 ? 0 : 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + static_cast<C>(p.norm_eps));
+  }
+
+  // Columns [c, c + width) of rows, contiguous: in place, or copied and (with mean) normalized.
+  static void left_rows(const Rows& rows, const T* const* from, int64_t n, int64_t c, int64_t width, const C* mean,
+                        const C* rstd, T* copy, const T** out) {
+    for (int64_t i = 0; i < n; ++i, copy += width) {
+      const T* row = from[i] + c * rows.step;
+      out[i] = rows.step == 1 && !mean ? row : copy;
+      if (out[i] == row) continue;
+      for (int64_t j = 0; j < width; j += lanes<C>) {
+        const Vec<C> v = load_at<C>(row, j, width - j, rows.step);
+        store_at<C>(copy + j, 0, width - j, mean ? (v - mean[i]) * rstd[i] : v);
+      }
     }
   }
 
   // Locates a block and the left operand of its down projection: x, or x normalized but for the norm's weight and bias.
   static void begin_block(const Problem& p, int64_t begin, int64_t n, const Memory& s, Block<T>& b, const T** left) {
     locate(p, begin, n, b);
-    const bool norm = s.hidden.rstd;
-    gather(p.x, b.x, n, p.d, norm ? s.x + round_up(block_rows(p), 32) * p.d : s.x);
-    gather(p.residual, b.residual, n, p.d, s.residual);
-    gather(p.grad_y, b.grad_y, n, p.d, s.grad_y);
-    for (int64_t i = 0; i < n; ++i) {
-      left[i] = b.x[i];
-      if (!norm || !needs_hidden(p)) continue;
-      normalize(b.x + i, 1, p.d, 1, p.norm_eps, s.row, s.hidden.rstd + i);
-      T* out = s.x + i * p.d;
-      for (int64_t j = 0; j < p.d; j += lanes<C>) store_at<C>(out, j, p.d - j, load<C>(s.row + j));
-      left[i] = out;
+    if (s.normed && needs_hidden(p)) {
+      for (int64_t i = 0; i < n; ++i) moments(p, b.x[i], s.mean + i, s.hidden.rstd + i);
+      left_rows(p.x, b.x, n, 0, p.d, s.mean, s.hidden.rstd, s.normed, left);
     }
+    if (s.x) left_rows(p.x, b.x, n, 0, p.d, nullptr, nullptr, s.x, b.x);
+    if (s.residual) left_rows(p.residual, b.residual, n, 0, p.d, nullptr, nullptr, s.residual, b.residual);
+    if (s.grad_y) left_rows(p.grad_y, b.grad_y, n, 0, p.d, nullptr, nullptr, s.grad_y, b.grad_y);
+    for (int64_t i = 0; i < n && !s.normed; ++i) left[i] = b.x[i];
   }
 
   static void forward(const Problem& p, void* shared_memory, void* thread_memory, const Segment& seg) {
@@ -175,30 +236,12 @@ struct AmxPass : Pass<BFloat16, W> {
     }
   }
 
-  static void weight_sums(const Problem& p, const amx::Session& session, const Memory& s, const Block<T>& b,
-                          const T* const* left, bool fresh, const Partial<C>& q) {
-    const int64_t width = padded<C>(p.r), up_rows = needs_up_product(p) ? p.r : 0;
-    if (q.up) {
-      amx::transpose_round(s.hidden.a, width, b.n, up_rows, q.sum_g, s.a_transposed);
-      amx::accumulate(session, s.a_transposed, up_rows + (q.sum_g != nullptr), b.grad_y, b.n, p.d, fresh, q.up);
-    }
-    if (q.down) {
-      amx::transpose_round(s.hidden.grad_a, width, b.n, p.r, false, s.a_transposed);
-      amx::accumulate(session, s.a_transposed, p.r, left, b.n, p.d, fresh, q.down);
-    }
-    for (int64_t j = 0; q.skip && j < p.d; j += lanes<C>) {
-      Vec<C> total = fresh ? Vec<C>{} : load<C>(q.skip + j);
-      for (int64_t i = 0; i < b.n; ++i) total += load_at<C>(b.grad_y[i], j, p.d - j, 1) * load_at<C>(b.x[i], j, p.d - j, 1);
-      store(q.skip + j, total);
-    }
-  }
-
   static void input_gradient(const Problem& p, const amx::Session& session, const Memory& s, const Common<C>& c,
                              const Weights& w, const Block<T>& b, const T* const* left) {
     amx::Epilogue e;
     if (p.add_x) e.residual = b.grad_y;
     if (c.skip) e.col_skip = c.skip, e.skip = b.grad_y;
-    if (s.hidden.rstd) {
+    if (s.normed) {
       Base::norm_means(p, b.n, s.hidden, w.small);
       for (int64_t i = 0; i < b.n; ++i) {
         s.row_add[i] = -s.hidden.rstd[i] * s.hidden.mean[i];
@@ -220,22 +263,114 @@ struct AmxPass : Pass<BFloat16, W> {
     const Common<C> c = Base::common(p, shared);
     const Weights w = enter(p, c, shared, thread, seg.adapter);
     const Memory s = memory(p, thread);
-    const Partial<C> q = partial(p, part);
-    const int64_t block = block_rows(p), width = padded<C>(p.r);
+    const Kept k = kept(p, part);
+    Partial<C> q = {};
+    q.down_bias = k.down_bias;
+    q.hidden_skip = k.hidden_skip;
+    const int64_t block = block_rows(p), width = padded<C>(p.r), lda = round_up(seg.end - seg.begin, 32);
     for (int64_t j = 0; j < width; ++j) q.down_bias[j] = q.hidden_skip[j] = 0;
     const amx::Session session(s.tiles, round_up(block, 32));
     Block<T> b;
     const T* left[max_rows];
-    for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
-      begin_block(p, begin, least(block, seg.end - begin), s, b, left);
+    for (int64_t at = 0; at < seg.end - seg.begin; at += block) {
+      begin_block(p, seg.begin + at, least(block, seg.end - seg.begin - at), s, b, left);
       if (needs_hidden(p)) {
         amx::down(session, left, b.n, p.d, w.down, p.r, w.small.down_bias, s.hidden.z, width);
         if (needs_grad_a(p)) amx::down(session, b.grad_y, b.n, p.d, w.up_back, p.r, nullptr, s.hidden.grad_a, width);
         Base::hidden_gradients(p, b.n, s.hidden, c.hidden_skip, q);
       }
-      weight_sums(p, session, s, b, left, begin == seg.begin, q);
+      for (int64_t i = 0; k.mean && i < b.n; ++i) k.mean[at + i] = s.mean[i], k.rstd[at + i] = s.hidden.rstd[i];
+      if (k.a) amx::transpose_round(s.hidden.a, width, b.n, kept_rows(p), needs_sums(p), k.a + at, lda);
+      if (k.grad_z) amx::transpose_round(s.hidden.grad_a, width, b.n, p.r, false, k.grad_z + at, lda);
       if (p.wants[grad_x]) input_gradient(p, session, s, c, w, b, left);
     }
+  }
+};
+
+template <class W>
+struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
+  using Base = Reduce<BFloat16, W, AmxPass<W>>;
+  using T = BFloat16;
+  using C = float;
+
+  // The sums of a strip as the only partial of an adapter, addressed by columns of the whole matrix.
+  struct Whole {
+    static constexpr int64_t first = 0, last = 1;
+    Partial<C> sums;
+    FA_INLINE const Partial<C>& operator()(const Problem&, int64_t) const { return sums; }
+  };
+
+  // Adds a segment to the sums of columns [c, c + width).
+  static void add(const Problem& p, const amx::Session& session, const Segment& seg, const typename Base::Kept& k,
+                  const typename Base::Strip& s, int64_t c, int64_t width, bool fresh) {
+    const int64_t block = Base::block_rows(p), rows = seg.end - seg.begin, lda = round_up(rows, 32);
+    const int64_t ldc = Base::product_stride(p);
+    Block<T> b;
+    const T *x[max_rows], *grad_y[max_rows];
+    for (int64_t at = 0; at < rows; at += block, fresh = false) {
+      locate(p, seg.begin + at, least(block, rows - at), b);
+      if (k.a || p.wants[grad_skip]) Base::left_rows(p.grad_y, b.grad_y, b.n, c, width, nullptr, nullptr, s.grad_y, grad_y);
+      if (k.a)
+        amx::accumulate(session, k.a + at, lda, Base::kept_rows(p) + Base::needs_sums(p), grad_y, b.n, width, fresh, s.up, ldc);
+      if (k.grad_z) {
+        Base::left_rows(p.x, b.x, b.n, c, width, k.mean ? k.mean + at : nullptr, k.mean ? k.rstd + at : nullptr, s.x, x);
+        amx::accumulate(session, k.grad_z + at, lda, p.r, x, b.n, width, fresh, s.down, ldc);
+      }
+      for (int64_t j = 0; p.wants[grad_skip] && j < width; j += lanes<C>) {
+        Vec<C> total = fresh ? Vec<C>{} : load<C>(s.skip + j);
+        for (int64_t i = 0; i < b.n; ++i)
+          total += load_at<C>(grad_y[i], j, width - j, 1) * load_at<C>(b.x[i] + c * p.x.step, j, width - j, p.x.step);
+        store(s.skip + j, total);
+      }
+    }
+    for (int64_t j = 0; j < padded<C>(p.r); ++j) s.down_bias[j] += k.down_bias[j];
+  }
+
+  static void clear(const Problem& p, const typename Base::Strip& s) {
+    const int64_t stride = Base::product_stride(p);
+    for (int64_t j = 0; j < (Base::kept_rows(p) + Base::needs_sums(p)) * stride; ++j) s.up[j] = 0;
+    for (int64_t j = 0; j < p.r * stride; ++j) s.down[j] = 0;
+    for (int64_t j = 0; j < Base::strip_width; ++j) s.skip[j] = 0;
+  }
+
+  static void reduce(const Problem& p, void* shared_memory, void* thread_memory, const Segment* segments, int64_t count,
+                     void* partials, int64_t part, int64_t parts) {
+    Arena shared(shared_memory), thread(thread_memory);
+    const Common<C> common = Base::common(p, shared);
+    const typename Base::Strip s = Base::strip(p, thread);
+    const int64_t bytes = Base::sizes(p).partial, steps = ceil_div(p.d, 32), end = least(p.d, steps * (part + 1) / parts * 32);
+    const amx::Session session(s.tiles, round_up(Base::block_rows(p), 32));
+    for (int64_t c = steps * part / parts * 32; c < end; c += Base::strip_width) {
+      const int64_t width = least(Base::strip_width, end - c);
+      typename Base::Sums sums[Base::strip_width / lanes<C>] = {};
+      typename Base::Run run = {segments, static_cast<char*>(partials), 0, 0, bytes};
+      for (int64_t id = 0; id < p.g; ++id) {
+        run.next(count, id);
+        if (run.first == run.last) clear(p, s);
+        for (int64_t j = 0; j < padded<C>(p.r); ++j) s.down_bias[j] = 0;
+        for (int64_t i = run.first; i < run.last; ++i) {
+          Arena arena(run.memory + i * bytes);
+          add(p, session, segments[i], Base::kept(p, arena), s, c, width, i == run.first);
+        }
+        Whole whole = {};
+        whole.sums.up = s.up - c;
+        whole.sums.sum_g = s.up + Base::kept_rows(p) * Base::product_stride(p) - c;
+        whole.sums.down = s.down - c;
+        whole.sums.skip = s.skip - c;
+        whole.sums.down_bias = s.down_bias;
+        for (int64_t j = 0; j < width; j += lanes<C>)
+          Base::columns(p, whole, common, id, c + j, least(lanes<C>, width - j), sums[j / lanes<C>]);
+      }
+      for (int64_t j = 0; j < width; j += lanes<C>)
+        Base::write_sums(p, sums[j / lanes<C>], c + j, least(lanes<C>, width - j));
+    }
+  }
+
+  static Kernel kernel() {
+    Kernel k = Base::kernel();
+    k.reduce = reduce;
+    k.chunk_rows = 16;
+    return k;
   }
 };
 
@@ -246,8 +381,7 @@ namespace fastadapt::bottleneck::FA_TARGET {
 // For bfloat16 rows.
 Kernel amx_kernel(Dtype weight_dtype) {
   using namespace fastadapt::FA_TARGET::bottleneck;
-  if (weight_dtype == Dtype::float32) return Reduce<BFloat16, float, AmxPass<float>>::kernel();
-  return Reduce<BFloat16, BFloat16, AmxPass<BFloat16>>::kernel();
+  return weight_dtype == Dtype::float32 ? AmxReduce<float>::kernel() : AmxReduce<BFloat16>::kernel();
 }
 
 }  // namespace fastadapt::bottleneck::FA_TARGET
