@@ -28,17 +28,18 @@ def activation(z, CODE: tl.constexpr):
         cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         value = z * cdf
         slope = cdf + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
-    elif CODE == 2:  # gelu_tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 * u), without the cancellation
+    elif CODE == 2:  # gelu_tanh: 0.5 * (1 + tanh(u)) is s = sigmoid(2 * u); s * (1 - s) is t / (1 + t)^2, where nothing cancels
         q = z * z
-        e = tl.exp(-1.5957691216057308 * z * (1.0 + 0.044715 * q))
+        w = 1.5957691216057308 * z * (1.0 + 0.044715 * q)
+        e = tl.exp(-w)
         value = z / (1.0 + e)
-        s = 1.0 / (1.0 + e)
-        slope = s + z * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * q))
+        t = tl.exp(-tl.abs(w))
+        slope = 1.0 / (1.0 + e) + z * (t / ((1.0 + t) * (1.0 + t))) * (1.5957691216057308 * (1.0 + 0.134145 * q))
     elif CODE == 3:  # silu
         e = tl.exp(-z)
         value = z / (1.0 + e)
-        s = 1.0 / (1.0 + e)
-        slope = s * (1.0 + z * (1.0 - s))
+        t = tl.exp(-tl.abs(z))
+        slope = 1.0 / (1.0 + e) + z * (t / ((1.0 + t) * (1.0 + t)))
     elif CODE == 4:  # tanh
         value = tanh(z)
         slope = 1.0 - value * value

@@ -43,13 +43,14 @@ def bottleneck_reference(
     if adapter_ids is None:
         y = adapter(x, down_weight, up_weight, down_bias, up_bias)
         return y if residual is None else residual + y
-    y = torch.zeros_like(x) if residual is None else residual
-    ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.dim() - 1 - adapter_ids.dim())).expand(x.shape[:-1])
+    ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.dim() - 1 - adapter_ids.dim())).expand(x.shape[:-1]).reshape(-1)
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    y = torch.zeros_like(x) if residual is None else residual.reshape(x.shape)
     for i in range(len(down_weight)):
         rows = (ids == i).nonzero(as_tuple=True)
         bank = (None if t is None else t[i] for t in (down_weight, up_weight, down_bias, up_bias))
         y = y.index_put(rows, y[rows] + adapter(x[rows], *bank))
-    return y
+    return y.reshape(shape)
 
 
 _ARGUMENTS = (

@@ -80,6 +80,7 @@ CASES = (
     case("bank-of-sequences", shape=(4, 6, 40), r=8, g=3, ids=[2, 0, -1, 2]),
     case("bank-of-tokens", shape=(2, 6, 40), r=8, g=4, ids=[TOKENS[:6], TOKENS[6:]], residual="none", scale="channel"),
     case("bank-with-everything", shape=(12, 70), r=20, g=3, ids=TOKENS, **EVERYTHING),
+    case("bank-of-one-vector", shape=(24,), r=4, g=2, ids=1),
     case("bank-unused", shape=(5, 24), r=4, g=2, ids=[-1] * 5, residual="other"),
 )
 
