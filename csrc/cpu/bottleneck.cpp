@@ -226,9 +226,14 @@ int64_t useful_parts(const Problem& p) {
   return std::max<int64_t>(1, std::min<int64_t>({static_cast<int64_t>(torch::stable::get_num_threads()), work / 400000, p.m}));
 }
 
-// Whether threads had better share the columns than the rows. A norm needs whole rows, and a bank a weight for each row.
+// Whether threads had better share the columns than the rows: few rows wouldn't repay a packed copy of the weights, and large
+// weights, or sums of their gradients, would pass through the cache for every block of rows. A norm needs whole rows, and a
+// bank a weight for each row.
 bool few_rows(const Problem& p, const Kernel& k) {
-  return k.project && p.m >= 1 && p.m <= 128 && !p.bank && !p.norm_weight.data;
+  if (!k.project || p.bank || p.norm_weight.data || p.m < 1) return false;
+  if (p.m <= 128) return true;
+  const int64_t weight_bytes = p.d * p.r * 4, hidden_bytes = p.m * round_up(p.r, 16) * 4;
+  return p.backward ? weight_bytes >= (128 << 10) && hidden_bytes <= (2 << 20) : weight_bytes >= (768 << 10) && hidden_bytes <= (128 << 10);
 }
 
 // The arguments that both directions share.

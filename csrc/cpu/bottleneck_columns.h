@@ -1,4 +1,5 @@
-// Few rows: threads share the work by columns, so that each weight is read once, packed where it is used and never stored.
+// Few rows, or large weights: threads share the work by columns, so that each weight is read once, packed where it is used
+// and never stored.
 //   project  partial sums of z (and of grad_a) over a chunk of the columns of x (and of grad_y)
 //   hidden   their sum, and what follows from it for the hidden values
 //   expand   the columns of y, or of grad_x and of the weight gradients
@@ -9,6 +10,9 @@ namespace fastadapt::FA_TARGET::bottleneck {
 
 // Chunks don't depend on the number of threads, so neither do the sums.
 constexpr int64_t column_chunks = 8;
+
+// Columns and rows that a thread works on at once.
+constexpr int64_t strip = 256, row_block = 96;
 
 template <class T, class W>
 struct Columns : Reduce<T, W> {
@@ -23,7 +27,7 @@ struct Columns : Reduce<T, W> {
   };
 
   struct Local {
-    C *packed, *x, *grad_y;  // a chunk of a weight, and of rows that can't be read in place
+    C *packed, *x, *grad_y;  // a strip of a weight, and of rows that can't be read in place
   };
 
   static FA_INLINE int64_t hidden_size(const Problem& p) { return p.m * padded<C>(p.r); }
@@ -42,10 +46,11 @@ struct Columns : Reduce<T, W> {
   }
 
   static FA_INLINE Local local(const Problem& p, Arena& arena) {
+    const int64_t rows = least(p.m, row_block) * strip;
     Local l;
-    l.packed = arena.take<C>(most(packed_size<C>(inner_block, p.r), packed_size<C>(p.r, panel_width<C>)));
-    l.x = arena.take<C>(p.m * inner_block);
-    l.grad_y = arena.take<C>(p.backward ? p.m * inner_block : 0);
+    l.packed = arena.take<C>(most(packed_size<C>(strip, p.r), packed_size<C>(p.r, strip)));
+    l.x = arena.take<C>(rows);
+    l.grad_y = arena.take<C>(p.backward ? rows : 0);
     return l;
   }
 
@@ -65,32 +70,43 @@ struct Columns : Reduce<T, W> {
     return operand(at, m, n, step, copy);
   }
 
+  // Calls f(block, first row) for all rows.
+  template <class F>
+  static FA_INLINE void for_row_blocks(const Problem& p, F&& f) {
+    Block<T> b;
+    for (int64_t row = 0; row < p.m; row += row_block) {
+      locate(p, row, least(row_block, p.m - row), b);
+      f(b, row);
+    }
+  }
+
   static void project(const Problem& p, void* shared_memory, void* thread_memory, int64_t part, int64_t parts) {
     if (!needs_hidden(p)) return;
     Arena shared(shared_memory), thread(thread_memory);
     const Shared s = layout(p, shared);
     const Local l = local(p, thread);
-    Block<T> b;
-    locate(p, 0, p.m, b);
-    const int64_t size = hidden_size(p), ldz = padded<C>(p.r);
-    const int64_t width = round_up(ceil_div(p.d, column_chunks), lanes<C>);
-    const W *down = Base::element(p.down, 0, 0, 0), *up = Base::element(p.up, 0, 0, 0);
+    const int64_t size = hidden_size(p), ldz = padded<C>(p.r), width = round_up(ceil_div(p.d, column_chunks), lanes<C>);
+    const bool both = p.backward && needs_grad_a(p);
     for (int64_t chunk = column_chunks * part / parts; chunk < column_chunks * (part + 1) / parts; ++chunk) {
       const int64_t begin = least(p.d, chunk * width), end = least(p.d, begin + width);
-      C *z = s.z_chunks + chunk * size, *grad_a = s.grad_a_chunks + chunk * size;
       int64_t c = begin;
       do {  // an empty chunk still clears its sums
-        const int64_t n = least(inner_block, end - c);
-        auto product = [&](const Operand<C>& rows, const Source<C, W>& weight, C* out) FA_FORCED {
-          fastadapt::FA_TARGET::pack(weight, l.packed, 0, pack_units<C>(n, p.r));
-          gemm(p.m, n, p.r, rows.data, rows.ld, l.packed, static_cast<const C*>(nullptr), c > begin, out, ldz);
-        };
-        product(columns(b.x, p.m, c, n, p.x.step, l.x),
-                {down + c * p.down.stride_1, p.down.stride_1, p.down.stride_0, n, p.r, nullptr, nullptr}, z);
-        if (p.backward && needs_grad_a(p))
-          product(columns(b.grad_y, p.m, c, n, p.grad_y.step, l.grad_y),
-                  {up + c * p.up.stride_0, p.up.stride_0, p.up.stride_1, n, p.r, s.common.scale ? s.common.scale + c : nullptr, nullptr},
-                  grad_a);
+        const int64_t n = least(strip, end - c);
+        const Source<C, W> down = {Base::element(p.down, 0, 0, c), p.down.stride_1, p.down.stride_0, n, p.r, nullptr, nullptr};
+        fastadapt::FA_TARGET::pack(down, l.packed, 0, pack_units<C>(n, p.r));
+        for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
+          const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
+          gemm(b.n, n, p.r, x.data, x.ld, l.packed, static_cast<const C*>(nullptr), c > begin, s.z_chunks + chunk * size + row * ldz, ldz);
+        });
+        if (both) {
+          const Source<C, W> up = {Base::element(p.up, 0, c, 0), p.up.stride_0, p.up.stride_1, n, p.r,
+                                   s.common.scale ? s.common.scale + c : nullptr, nullptr};
+          fastadapt::FA_TARGET::pack(up, l.packed, 0, pack_units<C>(n, p.r));
+          for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
+            const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
+            gemm(b.n, n, p.r, g.data, g.ld, l.packed, static_cast<const C*>(nullptr), c > begin, s.grad_a_chunks + chunk * size + row * ldz, ldz);
+          });
+        }
         c += n;
       } while (c < end);
     }
@@ -126,35 +142,43 @@ struct Columns : Reduce<T, W> {
     const Shared s = layout(p, shared);
     const Local l = local(p, thread);
     const Partial<C> q = p.backward ? Base::partial(p, partial) : Partial<C>{};
-    Block<T> b;
-    locate(p, 0, p.m, b);
-    const int64_t panels = ceil_div(p.d, panel_width<C>), width = padded<C>(p.r);
-    for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
-      const int64_t c = panel * panel_width<C>, n = least(panel_width<C>, p.d - c);
-      if (!p.backward) {
-        pack_panel(p, p.up, p.up.stride_0, p.up.stride_1, c, n, s.common.scale, l.packed);
-        gemm_epilogue(p.m, p.r, n, s.hidden.z, width, l.packed, s.adapter.up_bias + c, UpEpilogue<T, C>{b, p, s.common.skip, c});
+    const int64_t panels = ceil_div(p.d, panel_width<C>), end = least(p.d, panels * (part + 1) / parts * panel_width<C>);
+    for (int64_t c = panels * part / parts * panel_width<C>; c < end; c += strip) {
+      const int64_t n = least(strip, end - c);
+      if (p.backward) {
+        backward_strip(p, s, l, q, c, n);
+        const Segment all = {0, 0, p.m};
+        Base::reduce_blocks(p, s.common, &all, 1, partials, sizes(p).partial, c / lanes<C>, ceil_div(c + n, lanes<C>));
         continue;
       }
-      const Operand<C> g = columns(b.grad_y, p.m, c, n, p.grad_y.step, l.grad_y);
-      if (q.up) gemm_transposed(n, p.m, p.r, g.data, g.ld, s.hidden.a, width, false, q.up + c * width, width);
-      if (q.down) {
-        const Operand<C> x = columns(b.x, p.m, c, n, p.x.step, l.x);
-        gemm_transposed(n, p.m, p.r, x.data, x.ld, s.hidden.grad_a, width, false, q.down + c * width, width);
-      }
-      if (q.sum_g || q.skip) Base::column_sums(p, b, g, q, c, c + n);
-      if (p.wants[grad_x]) {
-        pack_panel(p, p.down, p.down.stride_1, p.down.stride_0, c, n, nullptr, l.packed);
-        gemm_epilogue(p.m, p.r, n, s.hidden.grad_a, width, l.packed, static_cast<const C*>(nullptr),
-                      GradEpilogue<T, C>{b, p, s.common.skip, {}, g, nullptr, nullptr, nullptr, c});
-      }
-      const Segment all = {0, 0, p.m};
-      Base::reduce_blocks(p, s.common, &all, 1, partials, sizes(p).partial, c / lanes<C>, ceil_div(c + n, lanes<C>));
+      pack_strip(p, p.up, p.up.stride_0, p.up.stride_1, c, n, s.common.scale, l.packed);
+      for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
+        const int64_t ldz = padded<C>(p.r);
+        gemm_epilogue(b.n, p.r, n, s.hidden.z + row * ldz, ldz, l.packed, s.adapter.up_bias + c, UpEpilogue<T, C>{b, p, s.common.skip, c});
+      });
     }
   }
 
+  static void backward_strip(const Problem& p, const Shared& s, const Local& l, const Partial<C>& q, int64_t c, int64_t n) {
+    const int64_t width = padded<C>(p.r);
+    if (p.wants[grad_x]) pack_strip(p, p.down, p.down.stride_1, p.down.stride_0, c, n, nullptr, l.packed);
+    for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
+      const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
+      const C *a = s.hidden.a + row * width, *grad_z = s.hidden.grad_a + row * width;
+      if (q.up) gemm_transposed(n, b.n, p.r, g.data, g.ld, a, width, row > 0, q.up + c * width, width);
+      if (q.sum_g || q.skip) Base::column_sums(p, b, g, q, c, c + n);
+      if (p.wants[grad_x])
+        gemm_epilogue(b.n, p.r, n, grad_z, width, l.packed, static_cast<const C*>(nullptr),
+                      GradEpilogue<T, C>{b, p, s.common.skip, {}, g, nullptr, nullptr, nullptr, c});
+      if (q.down) {
+        const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
+        gemm_transposed(n, b.n, p.r, x.data, x.ld, grad_z, width, row > 0, q.down + c * width, width);
+      }
+    });
+  }
+
   // Columns [c, c + n) of a right operand with r rows.
-  static FA_INLINE void pack_panel(const Problem& p, const Weight& w, int64_t column_stride, int64_t rank_stride, int64_t c,
+  static FA_INLINE void pack_strip(const Problem& p, const Weight& w, int64_t column_stride, int64_t rank_stride, int64_t c,
                                    int64_t n, const C* scale, C* packed) {
     const W* data = static_cast<const W*>(w.data) + c * column_stride;
     const Source<C, W> source = {data, rank_stride, column_stride, p.r, n, nullptr, scale ? scale + c : nullptr};
