@@ -27,11 +27,11 @@ struct Buffer {
 
 void pack_all(bf16* packed, const void* w, bool is_float, int64_t stride_n, int64_t stride_k, const float* scale_k, int64_t n,
               int64_t k) {
-  for (int64_t panel = 0; panel < round_up(n, 32) / 16; panel++)
+  for (int64_t unit = 0; unit < packed_size(n, k) / 1024; unit++)
     if (is_float)
-      pack(packed, static_cast<const float*>(w), stride_n, stride_k, scale_k, n, k, panel);
+      pack(packed, static_cast<const float*>(w), stride_n, stride_k, scale_k, n, k, unit);
     else
-      pack(packed, static_cast<const bf16*>(w), stride_n, stride_k, scale_k, n, k, panel);
+      pack(packed, static_cast<const bf16*>(w), stride_n, stride_k, scale_k, n, k, unit);
 }
 
 }  // namespace

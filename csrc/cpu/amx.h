@@ -321,24 +321,25 @@ FASTADAPT_AVX512 inline __m512i row32(const float* p, uint32_t mask, __m512 firs
                 _mm512_mul_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), p + 16), second));
 }
 
-// One step (32 by 16) of a panel, of which height rows and width columns exist, where the columns are contiguous.
+// One step (32 by 16) of two panels, `next` apart, of which height rows and width columns exist, where columns are contiguous.
 template <class W>
-FASTADAPT_AVX512 void pack_rows(bf16* out, const W* src, int64_t stride_k, const float* scale_k, int64_t width,
+FASTADAPT_AVX512 void pack_rows(bf16* out, int64_t next, const W* src, int64_t stride_k, const float* scale_k, int64_t width,
                                 int64_t height) {
   const uint32_t mask = mask_of(width);
   for (int64_t i = 0; i < 32; i += 2) {
-    __m512i pair[2], unused;
+    __m512i pair[2];
     for (int h = 0; h < 2; h++) {
       const W* row = src + least(i + h, height - 1) * stride_k;
       const uint32_t present = i + h < height ? mask : 0;
       const __m512 factor = _mm512_set1_ps(scale_k && present ? scale_k[i + h] : 1.0f);
       pair[h] = scale_k ? row32(row, present, factor, factor) : row32(row, present);
     }
-    interleave(pair[0], pair[1], &pair[0], &unused);
+    interleave(pair[0], pair[1], &pair[0], &pair[1]);
     _mm512_store_si512(out + 16 * i, pair[0]);
+    _mm512_store_si512(out + next + 16 * i, pair[1]);
   }
 }
-// The same where the rows are contiguous, or nothing is.
+// One step of one panel, where the rows are contiguous or nothing is.
 template <class W>
 FASTADAPT_AVX512 void pack_columns(bf16* out, const W* src, int64_t stride_n, int64_t stride_k, const float* scale_k,
                                    int64_t width, int64_t height) {
@@ -369,27 +370,22 @@ FASTADAPT_AVX512 void pack_columns(bf16* out, const W* src, int64_t stride_n, in
 
 }  // namespace detail
 
-// Packs columns [16 * panel, 16 * panel + 16) of a right operand B[k, n], k > 0; entry (i, c) of B is
-// src[i * stride_k + c * stride_n], times scale_k[i] if given.  A packed weight is round_up(n, 32) / 16 panels, one after the
-// other, of which down needs only the first (n + 15) / 16.  W is float or bf16.
+// Packs one of the packed_size(n, k) / 1024 units, 32 by 32, of a right operand B[k, n]; entry (i, c) of B is
+// src[i * stride_k + c * stride_n], times scale_k[i] if given. W is float or bf16.
 template <class W>
 FASTADAPT_AVX512 void pack(bf16* packed, const W* src, int64_t stride_n, int64_t stride_k, const float* scale_k, int64_t n,
-                           int64_t k, int64_t panel) {
-  const int64_t steps = round_up(k, 32) / 32, c = 16 * panel;
-  bf16* out = packed + panel * steps * 512;
-  if (c >= n) {
-    memset(out, 0, steps * 1024);
-    return;
-  }
-  for (int64_t i = 0; i < k; i += 32, out += 512) {
-    const W* from = src + i * stride_k + c * stride_n;
-    const float* scale = scale_k ? scale_k + i : nullptr;
-    const int64_t width = least(16, n - c), height = least(32, k - i);
-    if (stride_n == 1 && stride_k != 1)
-      detail::pack_rows(out, from, stride_k, scale, width, height);
-    else
-      detail::pack_columns(out, from, stride_n, stride_k, scale, width, height);
-  }
+                           int64_t k, int64_t unit) {
+  const int64_t steps = round_up(k, 32) / 32, next = 512 * steps, c = unit / steps * 32, i = unit % steps * 32;
+  const int64_t width = least(32, n - c), height = least(32, k - i);
+  const W* from = src + i * stride_k + c * stride_n;
+  const float* scale = scale_k ? scale_k + i : nullptr;
+  bf16* out = packed + c * steps * 32 + i * 16;
+  if (stride_n == 1 && stride_k != 1) return detail::pack_rows(out, next, from, stride_k, scale, width, height);
+  detail::pack_columns(out, from, stride_n, stride_k, scale, least(16, width), height);
+  if (width > 16)
+    detail::pack_columns(out + next, from + 16 * stride_n, stride_n, stride_k, scale, width - 16, height);
+  else
+    memset(out + next, 0, 1024);
 }
 
 // The left operand of up: out[i][c] = h[i][c] for i < m, c < r; zero to round_up(m, 16) rows of round_up(r, 32).

@@ -138,9 +138,9 @@ struct AmxPass : Pass<BFloat16, W> {
   // Packs the share `part` of `parts` of a right operand.
   static FA_INLINE void pack_share(const W* w, int64_t stride_n, int64_t stride_k, const C* scale, int64_t n, int64_t k,
                                    T* packed, int64_t part, int64_t parts) {
-    const int64_t panels = packed ? round_up(n, 32) / 16 : 0;
-    for (int64_t j = panels * part / parts; j < panels * (part + 1) / parts; ++j)
-      amx::pack(packed, w, stride_n, stride_k, scale, n, k, j);
+    const int64_t units = packed ? amx::packed_size(n, k) / 1024 : 0;
+    for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit)
+      amx::pack(packed, w, stride_n, stride_k, scale, n, k, unit);
   }
 
   // The scale of up and the norm's weight of down_back are left to the epilogue, which applies them in float32.

@@ -39,6 +39,17 @@ struct Reduce : P {
       store_at<C>(static_cast<float*>(out) + at, 0, count, v);
   }
 
+  // f(0) ... f(count - 1), unrolled where it is a whole vector.
+  template <class F>
+  static FA_INLINE void for_lanes(int64_t count, const F& f) {
+    if (count == lanes<C>) {
+#pragma GCC unroll 16
+      for (int64_t t = 0; t < lanes<C>; ++t) f(t);
+    } else {
+      for (int64_t t = 0; t < count; ++t) f(t);
+    }
+  }
+
   // Sums `rows` rows, ld apart, of one member of the partials over the segments of the run.
   template <class R, class Member>
   static FA_INLINE void totals(const Problem& p, const R& run, Member member, int64_t at, int64_t rows, int64_t ld,
@@ -46,7 +57,7 @@ struct Reduce : P {
     for (int64_t t = 0; t < lanes<C>; ++t) v[t] = Vec<C>{};
     for (int64_t s = run.first; s < run.last; ++s) {
       const C* from = run(p, s).*member + at;
-      for (int64_t t = 0; t < rows; ++t) v[t] += load<C>(from + t * ld);
+      for_lanes(rows, [&](int64_t t) FA_FORCED { v[t] += load<C>(from + t * ld); });
     }
   }
   template <class R, class Member>
@@ -82,12 +93,12 @@ struct Reduce : P {
       Vec<C> v[lanes<C>];
       products(p, run, &Partial<C>::up, c, count, j, v);
       if (Base::rank_rows) transpose<C>(v);
-      for (int64_t t = 0; t < count; ++t) {
-        if (p.wants[grad_up])
-          store_at<C>(static_cast<W*>(p.grads[grad_up]) + (id * p.d + c + t) * p.r, j, p.r - j, v[t] * scale[t]);
-        if (p.wants[grad_scale])
+      W* out = static_cast<W*>(p.grads[grad_up]) + (id * p.d + c) * p.r;
+      if (p.wants[grad_up])
+        for_lanes(count, [&](int64_t t) FA_FORCED { store_at<C>(out + t * p.r, j, p.r - j, v[t] * scale[t]); });
+      if (p.wants[grad_scale])
+        for (int64_t t = 0; t < count; ++t)
           dots[t] += v[t] * load_at<C>(Base::element(p.up, id, c + t, 0), j, p.r - j, p.up.stride_1);
-      }
     }
     if (p.wants[grad_scale])
       for (int64_t t = 0; t < count; ++t) sums.scale[t] += sum<C>(dots[t]);
@@ -104,15 +115,18 @@ struct Reduce : P {
         products(p, run, &Partial<C>::down, c, count, j0, v);
         if (!Base::rank_rows) transpose<C>(v);
       }
-      for (int64_t t = 0; t < least(lanes<C>, p.r - j0); ++t) {
-        const int64_t j = j0 + t;
+      W* out = static_cast<W*>(p.grads[grad_down]) + (id * p.r + j0) * p.d;
+      const int64_t rows = least(lanes<C>, p.r - j0);
+      if (p.wants[grad_down] && !common.norm_weight)
+        for_lanes(rows, [&](int64_t t) FA_FORCED { store_at<C>(out + t * p.d, c, p.d - c, v[t]); });
+      for (int64_t t = 0; t < rows && common.norm_weight; ++t) {
         if (p.wants[grad_down]) {
-          Vec<C> grad = common.norm_weight ? v[t] * load<C>(common.norm_weight + c) : v[t];
+          Vec<C> grad = v[t] * load<C>(common.norm_weight + c);
           if (common.norm_bias) grad += bias[t] * load<C>(common.norm_bias + c);
-          store_at<C>(static_cast<W*>(p.grads[grad_down]) + (id * p.r + j) * p.d, c, p.d - c, grad);
+          store_at<C>(out + t * p.d, c, p.d - c, grad);
         }
         if (!p.wants[grad_norm_weight] && !p.wants[grad_norm_bias]) continue;
-        const Vec<C> weight = load_at<C>(Base::element(p.down, id, j, 0), c, p.d - c, p.down.stride_1);
+        const Vec<C> weight = load_at<C>(Base::element(p.down, id, j0 + t, 0), c, p.d - c, p.down.stride_1);
         sums.norm_weight += weight * v[t];
         sums.norm_bias += weight * bias[t];
       }
@@ -156,7 +170,8 @@ struct Reduce : P {
     Arena shared(shared_memory);
     const Common<C> common = Base::common(p, shared);
     const int64_t blocks = ceil_div(p.d, lanes<C>);
-    reduce_blocks(p, common, segments, count, partials, Base::sizes(p).partial, blocks * part / parts, blocks * (part + 1) / parts);
+    reduce_blocks(p, common, segments, count, partials, Base::sizes(p).partial, blocks * part / parts,
+                  blocks * (part + 1) / parts);
   }
 
   // The gradients that don't have a column: of the hidden vectors, and of a scale that is one number.
