@@ -54,16 +54,23 @@ class Leaf:
         return reason and f"{self.name}: backend {backend!r} {reason}"
 
     def choose(self, backend: str | None, device_type: str, args: tuple) -> str:
-        """Name the implementation that a call uses: the one asked for, or the first of the device's order that can."""
+        """Name the implementation that a call uses: the one asked for, or the first of the device's order that can.
+
+        Kernels see no batched or dual tensors: inside a torch.func transform the order is the reference alone.
+        """
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         if backend is None:
-            for name in ORDER.get(device_type, ()):
-                if (name, device_type) in self.available and self.unsupported(name, args) is None:
-                    return name
+            if not transformed:
+                for name in ORDER.get(device_type, ()):
+                    if (name, device_type) in self.available and self.unsupported(name, args) is None:
+                        return name
             return "reference"
         if backend not in BACKENDS:
             raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
         if reason := self.refusal(backend, device_type, args):
             raise RuntimeError(reason)
+        if transformed and backend != "reference":
+            raise RuntimeError(f"{self.name}: backend {backend!r} does not support torch.func transforms, use 'reference'")
         return backend
 
     def explain(self, backend: str | None, device_type: str, args: tuple) -> str:
@@ -75,11 +82,11 @@ class Leaf:
         return "\n".join(lines)
 
 
-def needs_grad(*args) -> bool:
-    """Whether autograd records a call with these arguments; a plain loop, which small calls can afford."""
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records a call with these arguments. A plain loop: small calls feel a generator or a call into C++."""
     if torch.is_grad_enabled():
-        for value in args:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
+        for t in tensors:
+            if t is not None and t.requires_grad:
                 return True
     return False
 

@@ -248,22 +248,17 @@ def bottleneck(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.
     """
-    check.tensor("x", x)
-    compiling = torch.compiler.is_compiling()
-    if compiling and isinstance(scale, (int, float)):
+    if not isinstance(x, Tensor):
+        check.tensor("x", x)
+    if isinstance(scale, (int, float)) and torch.compiler.is_compiling():
         # A tensor, since a number would be compiled in: one graph a value.
         scale = scale * torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     args = _arguments(
         x, down_weight, up_weight, down_bias, up_bias, residual, scale, activation, norm_weight, norm_bias, norm_eps,
         skip_weight, hidden_skip_weight, adapter_ids,
     )  # fmt: skip
-    # Kernels see no batched or dual tensors.
-    if not compiling and torch._C._are_functorch_transforms_active():
-        if backend not in (None, "reference"):
-            raise RuntimeError(f"bottleneck: backend {backend!r} does not support torch.func transforms, use 'reference'")
-        backend = "reference"
-    name = _fwd.choose(backend, x.device.type, args)
-    if compiling or name != "native":
+    name = _fwd.choose(backend, "cpu" if x.is_cpu else x.device.type, args)
+    if name != "native" or torch.compiler.is_compiling():
         _check(*args)
     if name == "reference":
         return bottleneck_reference(
@@ -272,7 +267,11 @@ def bottleneck(
             skip_weight=skip_weight, hidden_skip_weight=hidden_skip_weight, adapter_ids=adapter_ids,
         )  # fmt: skip
     try:
-        return Bottleneck.apply(name, *args) if needs_grad(*args) else getattr(_fwd, name)(*args)
+        recorded = needs_grad(
+            x, down_weight, up_weight, down_bias, up_bias, residual, args[7], norm_weight, norm_bias, skip_weight,
+            hidden_skip_weight,
+        )  # fmt: skip
+        return Bottleneck.apply(name, *args) if recorded else getattr(_fwd, name)(*args)
     except Exception:
         # The kernel has refused the call. Checking only now keeps small calls fast; if an argument is to blame, say which.
         try:
