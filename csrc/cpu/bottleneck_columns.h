@@ -23,7 +23,8 @@ struct Columns : Reduce<T, W> {
     Common<C> common;
     Adapter<C> adapter;              // the biases
     Scratch<C> hidden;               // z, grad_a and a of every row
-    C *z_chunks, *grad_a_chunks;     // column_chunks of them
+    C *z_chunks, *grad_a_chunks;     // few rows: column_chunks of them
+    C* sums;                         // many rows: the sums of hidden_gradients, for each block of rows
   };
 
   struct Local {
@@ -37,13 +38,17 @@ struct Columns : Reduce<T, W> {
     s.common = Base::common(p, arena);
     s.adapter = Base::adapter(p, arena);
     s.hidden.z = arena.take<C>(hidden_size(p));
-    s.z_chunks = arena.take<C>(column_chunks * hidden_size(p));
+    if (few(p)) s.z_chunks = arena.take<C>(column_chunks * hidden_size(p));
     if (!p.backward) return s;
     s.hidden.a = arena.take<C>(hidden_size(p));
     s.hidden.grad_a = arena.take<C>(hidden_size(p));
-    s.grad_a_chunks = arena.take<C>(column_chunks * hidden_size(p));
+    if (few(p)) s.grad_a_chunks = arena.take<C>(column_chunks * hidden_size(p));
+    if (!few(p)) s.sums = arena.take<C>(ceil_div(p.m, row_block) * 2 * padded<C>(p.r));
     return s;
   }
+
+  // Few rows share the projection by columns too, many by rows: then each thread packs the weights again, for many rows.
+  static FA_INLINE bool few(const Problem& p) { return p.m <= 256; }
 
   static FA_INLINE Local local(const Problem& p, Arena& arena) {
     const int64_t rows = least(p.m, row_block) * strip;
@@ -70,14 +75,34 @@ struct Columns : Reduce<T, W> {
     return operand(at, m, n, step, copy);
   }
 
-  // Calls f(block, first row) for all rows.
+  // Calls f(block, first row) for rows [begin, end).
   template <class F>
-  static FA_INLINE void for_row_blocks(const Problem& p, F&& f) {
+  static FA_INLINE void for_row_blocks(const Problem& p, int64_t begin, int64_t end, F&& f) {
     Block<T> b;
-    for (int64_t row = 0; row < p.m; row += row_block) {
-      locate(p, row, least(row_block, p.m - row), b);
+    for (int64_t row = begin; row < end; row += row_block) {
+      locate(p, row, least(row_block, end - row), b);
       f(b, row);
     }
+  }
+
+  // z += x * down and grad_a += grad_y * up over columns [c, c + n), for rows [begin, end); `fresh` overwrites.
+  static void project_strip(const Problem& p, const Shared& s, const Local& l, int64_t c, int64_t n, int64_t begin, int64_t end,
+                            bool fresh, C* z, C* grad_a) {
+    const int64_t ldz = padded<C>(p.r);
+    const Source<C, W> down = {Base::element(p.down, 0, 0, c), p.down.stride_1, p.down.stride_0, n, p.r, nullptr, nullptr};
+    fastadapt::FA_TARGET::pack(down, l.packed, 0, pack_units<C>(n, p.r));
+    for_row_blocks(p, begin, end, [&](const Block<T>& b, int64_t row) FA_FORCED {
+      const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
+      gemm(b.n, n, p.r, x.data, x.ld, l.packed, static_cast<const C*>(nullptr), !fresh, z + row * ldz, ldz);
+    });
+    if (!grad_a) return;
+    const Source<C, W> up = {Base::element(p.up, 0, c, 0), p.up.stride_0, p.up.stride_1, n, p.r,
+                             s.common.scale ? s.common.scale + c : nullptr, nullptr};
+    fastadapt::FA_TARGET::pack(up, l.packed, 0, pack_units<C>(n, p.r));
+    for_row_blocks(p, begin, end, [&](const Block<T>& b, int64_t row) FA_FORCED {
+      const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
+      gemm(b.n, n, p.r, g.data, g.ld, l.packed, static_cast<const C*>(nullptr), !fresh, grad_a + row * ldz, ldz);
+    });
   }
 
   static void project(const Problem& p, void* shared_memory, void* thread_memory, int64_t part, int64_t parts) {
@@ -85,30 +110,47 @@ struct Columns : Reduce<T, W> {
     Arena shared(shared_memory), thread(thread_memory);
     const Shared s = layout(p, shared);
     const Local l = local(p, thread);
-    const int64_t size = hidden_size(p), ldz = padded<C>(p.r), width = round_up(ceil_div(p.d, column_chunks), lanes<C>);
     const bool both = p.backward && needs_grad_a(p);
+    if (!few(p)) {
+      const int64_t blocks = ceil_div(p.m, row_block), begin = blocks * part / parts * row_block;
+      const int64_t end = least(p.m, blocks * (part + 1) / parts * row_block);
+      for (int64_t c = 0; c < p.d; c += strip)
+        project_strip(p, s, l, c, least(strip, p.d - c), begin, end, c == 0, s.hidden.z, both ? s.hidden.grad_a : nullptr);
+      return activate_rows(p, s, begin, end);
+    }
+    const int64_t size = hidden_size(p), width = round_up(ceil_div(p.d, column_chunks), lanes<C>);
     for (int64_t chunk = column_chunks * part / parts; chunk < column_chunks * (part + 1) / parts; ++chunk) {
       const int64_t begin = least(p.d, chunk * width), end = least(p.d, begin + width);
       int64_t c = begin;
       do {  // an empty chunk still clears its sums
         const int64_t n = least(strip, end - c);
-        const Source<C, W> down = {Base::element(p.down, 0, 0, c), p.down.stride_1, p.down.stride_0, n, p.r, nullptr, nullptr};
-        fastadapt::FA_TARGET::pack(down, l.packed, 0, pack_units<C>(n, p.r));
-        for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
-          const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
-          gemm(b.n, n, p.r, x.data, x.ld, l.packed, static_cast<const C*>(nullptr), c > begin, s.z_chunks + chunk * size + row * ldz, ldz);
-        });
-        if (both) {
-          const Source<C, W> up = {Base::element(p.up, 0, c, 0), p.up.stride_0, p.up.stride_1, n, p.r,
-                                   s.common.scale ? s.common.scale + c : nullptr, nullptr};
-          fastadapt::FA_TARGET::pack(up, l.packed, 0, pack_units<C>(n, p.r));
-          for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
-            const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
-            gemm(b.n, n, p.r, g.data, g.ld, l.packed, static_cast<const C*>(nullptr), c > begin, s.grad_a_chunks + chunk * size + row * ldz, ldz);
-          });
-        }
+        project_strip(p, s, l, c, n, 0, p.m, c == begin, s.z_chunks + chunk * size, both ? s.grad_a_chunks + chunk * size : nullptr);
         c += n;
       } while (c < end);
+    }
+  }
+
+  // Many rows: what follows from z, a block of rows at a time.
+  static void activate_rows(const Problem& p, const Shared& s, int64_t begin, int64_t end) {
+    const int64_t width = padded<C>(p.r);
+    for (int64_t row = begin; row < end; row += row_block) {
+      const int64_t n = least(row_block, end - row);
+      Scratch<C> h = {};
+      h.z = s.hidden.z + row * width;
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < width; j += lanes<C>)
+          store(h.z + i * width + j, load<C>(h.z + i * width + j) + load<C>(s.adapter.down_bias + j));
+      if (!p.backward) {
+        Base::activate(p, n * width, h.z, s.common.hidden_skip);
+        continue;
+      }
+      h.a = s.hidden.a + row * width;
+      h.grad_a = s.hidden.grad_a + row * width;
+      Partial<C> q = {};
+      q.down_bias = s.sums + row / row_block * 2 * width;
+      q.hidden_skip = q.down_bias + width;
+      for (int64_t j = 0; j < 2 * width; ++j) q.down_bias[j] = 0;
+      Base::hidden_gradients(p, n, h, s.common.hidden_skip, q);
     }
   }
 
@@ -129,12 +171,24 @@ struct Columns : Reduce<T, W> {
   static void hidden(const Problem& p, void* shared_memory, void* partial_memory) {
     Arena shared(shared_memory), part(partial_memory);
     const Shared s = layout(p, shared);
-    if (needs_hidden(p)) add_chunks(p, s.z_chunks, s.adapter.down_bias, s.hidden.z);
-    if (!p.backward) return Base::activate(p, hidden_size(p), s.hidden.z, s.common.hidden_skip);
+    if (few(p) && needs_hidden(p)) add_chunks(p, s.z_chunks, s.adapter.down_bias, s.hidden.z);
+    if (!p.backward) {
+      if (few(p)) Base::activate(p, hidden_size(p), s.hidden.z, s.common.hidden_skip);
+      return;
+    }
     const Partial<C> q = Base::partial(p, part);
     Base::clear(p, q);
-    if (needs_grad_a(p)) add_chunks(p, s.grad_a_chunks, nullptr, s.hidden.grad_a);
-    if (needs_hidden(p)) Base::hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
+    if (!needs_hidden(p)) return;
+    if (few(p)) {
+      if (needs_grad_a(p)) add_chunks(p, s.grad_a_chunks, nullptr, s.hidden.grad_a);
+      return Base::hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
+    }
+    const int64_t width = padded<C>(p.r);
+    for (int64_t block = 0; block < ceil_div(p.m, row_block); ++block)
+      for (int64_t j = 0; j < width; ++j) {
+        q.down_bias[j] += s.sums[block * 2 * width + j];
+        q.hidden_skip[j] += s.sums[(block * 2 + 1) * width + j];
+      }
   }
 
   static void expand(const Problem& p, void* shared_memory, void* thread_memory, void* partials, int64_t part, int64_t parts) {
@@ -152,7 +206,7 @@ struct Columns : Reduce<T, W> {
         continue;
       }
       pack_strip(p, p.up, p.up.stride_0, p.up.stride_1, c, n, s.common.scale, l.packed);
-      for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
+      for_row_blocks(p, 0, p.m, [&](const Block<T>& b, int64_t row) FA_FORCED {
         const int64_t ldz = padded<C>(p.r);
         gemm_epilogue(b.n, p.r, n, s.hidden.z + row * ldz, ldz, l.packed, s.adapter.up_bias + c, UpEpilogue<T, C>{b, p, s.common.skip, c});
       });
@@ -162,7 +216,7 @@ struct Columns : Reduce<T, W> {
   static void backward_strip(const Problem& p, const Shared& s, const Local& l, const Partial<C>& q, int64_t c, int64_t n) {
     const int64_t width = padded<C>(p.r);
     if (p.wants[grad_x]) pack_strip(p, p.down, p.down.stride_1, p.down.stride_0, c, n, nullptr, l.packed);
-    for_row_blocks(p, [&](const Block<T>& b, int64_t row) FA_FORCED {
+    for_row_blocks(p, 0, p.m, [&](const Block<T>& b, int64_t row) FA_FORCED {
       const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
       const C *a = s.hidden.a + row * width, *grad_z = s.hidden.grad_a + row * width;
       if (q.up) gemm_transposed(n, b.n, p.r, g.data, g.ld, a, width, row > 0, q.up + c * width, width);
