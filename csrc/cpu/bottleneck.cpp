@@ -232,6 +232,7 @@ int64_t useful_parts(const Problem& p) {
 bool few_rows(const Problem& p, const Kernel& k) {
   if (!k.project || p.bank || p.norm_weight.data || p.m < 1) return false;
   if (p.m <= 128) return true;
+  if (k.most_column_rows && p.m > k.most_column_rows) return false;
   const int64_t weight_bytes = p.d * p.r * 4, hidden_bytes = p.m * round_up(p.r, 16) * 4;
   return p.backward ? weight_bytes >= (512 << 10) && hidden_bytes <= (4 << 20) : weight_bytes >= (768 << 10) && hidden_bytes <= (128 << 10);
 }
@@ -358,7 +359,10 @@ void differentiate(Call& call) {
   Problem& p = call.p;
   const Kernel k = kernel(p.dtype, p.weight_dtype);
   p.by_columns = few_rows(p, k);
-  if (p.by_columns) call.segments.assign(1, {0, 0, p.m});
+  if (p.by_columns) {
+    call.segments.assign(1, {0, 0, p.m});
+    p.segment_rows = p.m;
+  }
   const Sizes sizes = k.sizes(p);
   const int64_t segments = call.segments.size(), columns = p.wants[grad_scale] ? p.d * 8 : 0;
   ScratchMemory memory(sizes.shared + call.parts * sizes.thread + segments * sizes.partial + columns);

@@ -333,37 +333,50 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
     for (int64_t j = 0; j < Base::strip_width; ++j) s.skip[j] = 0;
   }
 
+  // The gradients of the weights in columns [c, c + width).
+  static void weight_gradients(const Problem& p, const Common<C>& common, const amx::Session& session,
+                               const typename Base::Strip& s, const Segment* segments, int64_t count, void* partials,
+                               int64_t bytes, int64_t c, int64_t width) {
+    typename Base::Sums sums[Base::strip_width / lanes<C>] = {};
+    typename Base::Run run = {segments, static_cast<char*>(partials), 0, 0, bytes};
+    for (int64_t id = 0; id < p.g; ++id) {
+      run.next(count, id);
+      if (run.first == run.last) clear(p, s);
+      for (int64_t j = 0; j < padded<C>(p.r); ++j) s.down_bias[j] = 0;
+      for (int64_t i = run.first; i < run.last; ++i) {
+        Arena arena(run.memory + i * bytes);
+        add(p, session, segments[i], Base::kept(p, arena), s, c, width, i == run.first);
+      }
+      Whole whole = {};
+      whole.sums.up = s.up - c;
+      whole.sums.sum_g = s.up + Base::kept_rows(p) * Base::product_stride(p) - c;
+      whole.sums.down = s.down - c;
+      whole.sums.skip = s.skip - c;
+      whole.sums.down_bias = s.down_bias;
+      for (int64_t j = 0; j < width; j += lanes<C>)
+        Base::columns(p, whole, common, id, c + j, least(lanes<C>, width - j), sums[j / lanes<C>]);
+    }
+    for (int64_t j = 0; j < width; j += lanes<C>)
+      Base::write_sums(p, sums[j / lanes<C>], c + j, least(lanes<C>, width - j));
+  }
+
+  // f(first column, number of columns) for the share `part` of `parts`.
+  template <class F>
+  static FA_INLINE void each_strip(const Problem& p, int64_t part, int64_t parts, const F& f) {
+    const int64_t steps = ceil_div(p.d, 32), end = least(p.d, steps * (part + 1) / parts * 32);
+    for (int64_t c = steps * part / parts * 32; c < end; c += Base::strip_width) f(c, least(Base::strip_width, end - c));
+  }
+
   static void reduce(const Problem& p, void* shared_memory, void* thread_memory, const Segment* segments, int64_t count,
                      void* partials, int64_t part, int64_t parts) {
     Arena shared(shared_memory), thread(thread_memory);
     const Common<C> common = Base::common(p, shared);
     const typename Base::Strip s = Base::strip(p, thread);
-    const int64_t bytes = Base::sizes(p).partial, steps = ceil_div(p.d, 32), end = least(p.d, steps * (part + 1) / parts * 32);
-    const amx::Session session(s.tiles, round_up(Base::block_rows(p), 32));
-    for (int64_t c = steps * part / parts * 32; c < end; c += Base::strip_width) {
-      const int64_t width = least(Base::strip_width, end - c);
-      typename Base::Sums sums[Base::strip_width / lanes<C>] = {};
-      typename Base::Run run = {segments, static_cast<char*>(partials), 0, 0, bytes};
-      for (int64_t id = 0; id < p.g; ++id) {
-        run.next(count, id);
-        if (run.first == run.last) clear(p, s);
-        for (int64_t j = 0; j < padded<C>(p.r); ++j) s.down_bias[j] = 0;
-        for (int64_t i = run.first; i < run.last; ++i) {
-          Arena arena(run.memory + i * bytes);
-          add(p, session, segments[i], Base::kept(p, arena), s, c, width, i == run.first);
-        }
-        Whole whole = {};
-        whole.sums.up = s.up - c;
-        whole.sums.sum_g = s.up + Base::kept_rows(p) * Base::product_stride(p) - c;
-        whole.sums.down = s.down - c;
-        whole.sums.skip = s.skip - c;
-        whole.sums.down_bias = s.down_bias;
-        for (int64_t j = 0; j < width; j += lanes<C>)
-          Base::columns(p, whole, common, id, c + j, least(lanes<C>, width - j), sums[j / lanes<C>]);
-      }
-      for (int64_t j = 0; j < width; j += lanes<C>)
-        Base::write_sums(p, sums[j / lanes<C>], c + j, least(lanes<C>, width - j));
-    }
+    const int64_t bytes = Base::sizes(p).partial;
+    const amx::Session session(s.tiles, Base::block_rows(p));
+    each_strip(p, part, parts, [&](int64_t c, int64_t width) {
+      weight_gradients(p, common, session, s, segments, count, partials, bytes, c, width);
+    });
   }
 
   static Kernel kernel() {
@@ -375,14 +388,4 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
 };
 
 }  // namespace fastadapt::FA_TARGET::bottleneck
-
-namespace fastadapt::bottleneck::FA_TARGET {
-
-// For bfloat16 rows.
-Kernel amx_kernel(Dtype weight_dtype) {
-  using namespace fastadapt::FA_TARGET::bottleneck;
-  return weight_dtype == Dtype::float32 ? AmxReduce<float>::kernel() : AmxReduce<BFloat16>::kernel();
-}
-
-}  // namespace fastadapt::bottleneck::FA_TARGET
 #endif

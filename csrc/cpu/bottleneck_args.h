@@ -70,6 +70,7 @@ struct Kernel {
   void (*project)(const Problem&, void* shared, void* thread, int64_t part, int64_t parts);
   void (*hidden)(const Problem&, void* shared, void* partial);
   void (*expand)(const Problem&, void* shared, void* thread, void* partial, int64_t part, int64_t parts);
+  int64_t most_column_rows;  // for by_columns; 0 is no limit
 };
 
 }  // namespace fastadapt::bottleneck

@@ -5,5 +5,5 @@
 #define FA_TARGET avx512
 #define FA_LANES 16
 #include "bottleneck_columns.h"
-#include "bottleneck_amx.h"
+#include "bottleneck_amx_columns.h"
 #endif
