@@ -234,7 +234,7 @@ bool few_rows(const Problem& p, const Kernel& k) {
   if (p.m <= 128) return true;
   if (k.most_column_rows && p.m > k.most_column_rows) return false;
   const int64_t weight_bytes = p.d * p.r * 4, hidden_bytes = p.m * round_up(p.r, 16) * 4;
-  return p.backward ? weight_bytes >= (512 << 10) && hidden_bytes <= (4 << 20) : weight_bytes >= (768 << 10) && hidden_bytes <= (128 << 10);
+  return p.backward ? weight_bytes >= (512 << 10) && hidden_bytes <= (4 << 20) : weight_bytes >= (768 << 10) && hidden_bytes <= (1 << 20);
 }
 
 // The arguments that both directions share.
