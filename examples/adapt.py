@@ -18,15 +18,21 @@ class Method(NamedTuple):
     attach: Callable[[nn.Module, nn.Module, int], None] | None = None  # (BERT layer, adapter modules, rank)
 
 
+# The encoder's own activation. It is smooth: where ReLU's kink lies between two roundings, two runs soon drift apart.
+ACTIVATION = "gelu"
+
+
+def _after(layer: nn.Module, modules, r: int, **options) -> nn.Sequential:
+    return nn.Sequential(layer, modules.BottleneckAdapter(layer.out_features, r, activation=ACTIVATION, **options))
+
+
 def _after_ffn(layer: nn.Module, modules, r: int, **options) -> None:
-    dense = layer.output.dense
-    layer.output.dense = nn.Sequential(dense, modules.BottleneckAdapter(dense.out_features, r, **options))
+    layer.output.dense = _after(layer.output.dense, modules, r, **options)
 
 
 def _after_both(layer: nn.Module, modules, r: int) -> None:
-    dense = layer.attention.output.dense
-    layer.attention.output.dense = nn.Sequential(dense, modules.BottleneckAdapter(dense.out_features, r, activation="gelu"))
-    _after_ffn(layer, modules, r, activation="gelu")
+    layer.attention.output.dense = _after(layer.attention.output.dense, modules, r)
+    _after_ffn(layer, modules, r)
 
 
 def _skip(layer: nn.Module, modules, r: int) -> None:
@@ -36,7 +42,8 @@ def _skip(layer: nn.Module, modules, r: int) -> None:
 def _beside_ffn(layer: nn.Module, modules, r: int) -> None:
     """BERT splits its FFN over two submodules; joined in the first, they have one input and one output."""
     ffn = nn.Sequential(layer.intermediate, layer.output.dense)
-    adapter = modules.BottleneckAdapter(layer.output.dense.out_features, r, scale=4.0, residual=False)
+    d = layer.output.dense.out_features
+    adapter = modules.BottleneckAdapter(d, r, activation=ACTIVATION, scale=4.0, residual=False)
     layer.intermediate, layer.output.dense = modules.ParallelAdapter(ffn, adapter), nn.Identity()
 
 
@@ -44,7 +51,7 @@ METHODS = {
     "full": Method("full fine-tuning", 1e-4),
     "head": Method("head only", 2e-2),
     "standard": Method("standard: a bottleneck after the FFN (Pfeiffer et al. 2021)", 2e-3, _after_ffn),
-    "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 2e-3, _after_both),
+    "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 1e-3, _after_both),
     "skip": Method("standard with a learned skip connection, skip_weight * x", 2e-3, _skip),
     "parallel": Method("a bottleneck beside the FFN, scale 4 (He et al. 2022)", 1e-3, _beside_ffn),
 }

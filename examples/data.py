@@ -51,11 +51,11 @@ class Tokens:
         return len(self.ids)
 
     def batch(self, rows: list[int]) -> Batch:
-        """The sentences ``rows``, padded to the longest of them."""
-        ids = [torch.tensor(self.ids[i]) for i in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad)
-        lengths = torch.tensor([len(i) for i in ids])
-        batch = Batch(padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long(), self.labels[rows])
+        """The sentences ``rows``, padded to the longest of them and to a multiple of 8, so that few shapes occur."""
+        lengths = [len(self.ids[i]) for i in rows]
+        width = -(-max(lengths) // 8) * 8
+        padded = torch.tensor([self.ids[i] + [self.pad] * (width - len(self.ids[i])) for i in rows])
+        batch = Batch(padded, (torch.arange(width) < torch.tensor(lengths)[:, None]).long(), self.labels[rows])
         return Batch(*(tensor.to(self.device) for tensor in batch))
 
     def training(self, batch_size: int, steps: int, seed: int) -> list[Batch]:

@@ -38,8 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--methods", nargs="+", choices=adapt.METHODS, default=list(adapt.METHODS), metavar="METHOD", help="default: all")
     option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
-    option("--steps", type=positive, default=150, help="training steps a run (default: %(default)s)")
-    option("--batch-size", type=positive, default=16, help="sentences a step (default: %(default)s)")
+    option("--steps", type=positive, default=80, help="training steps a run (default: %(default)s)")
+    option("--batch-size", type=positive, default=32, help="sentences a step (default: %(default)s)")
     option("--rank", type=positive, default=48, help="width of the bottleneck; the model's is 384 (default: %(default)s)")
     option("--seed", type=int, default=0, help="of new weights and of the batches' order (default: %(default)s)")
     option("--backend", choices=("native", "triton", "reference"), help="default: the best that supports the call")
@@ -89,6 +89,7 @@ def kernel(encoder, args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    measure.keep_freed_memory()
     try:
         encoder, tokenizer = adapt.load(fetch.model())
         train, test = data.read(fetch.sentences() / f"{args.domain}.tsv")
@@ -105,10 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{title}, {place}; {len(tokens)} sentences to train on, {sum(len(b.labels) for b in test)} to test\n")
     print(report.HEADER)
     rows = []
-    total = args.steps * len(args.methods)
-    # Into a file, a line every ten seconds is enough.
-    with tqdm(total=total, unit="batch", leave=False, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
-        for method in dict.fromkeys(args.methods):
+    methods = list(dict.fromkeys(args.methods))
+    pause = 0.2 if sys.stderr.isatty() else 10  # into a file, a line every ten seconds is enough
+    with tqdm(total=args.steps * len(methods), unit="batch", leave=False, mininterval=pause) as bar:
+        for method in methods:
             bar.set_description(method)
             rows.append(compare(encoder, method, args, batches, test, bar))
             bar.write(report.line(rows[-1]))

@@ -1,7 +1,9 @@
 """One training run: its steps, their time, its peak memory, its accuracy."""
 
+import ctypes
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterable
 
@@ -15,13 +17,25 @@ from .data import Batch
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on the terminal otherwise
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, in every run alike.
+
+    Memory given back to the system is cleared page by page when it is needed again: up to 4 % of a step here, more than an
+    adapter's kernel saves, and whether it happens hangs on the sizes of the last batches.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at most 32 MiB: smaller tensors come from the heap
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: the heap doesn't shrink
+
+
 class Run:
     """A model in training; ``seconds`` and ``losses`` grow by one a step."""
 
     def __init__(self, model: nn.Module, lr: float, steps: int):
         self.model, self.seconds, self.losses = model, [], []
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(trainable(model), lr=lr, eps=1e-6, weight_decay=0.01, fused=True)
         rise = max(1, steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min((step + 1) / rise, max(steps - step, 1) / (steps - rise + 1))
@@ -88,8 +102,13 @@ def train(runs: list[Run], batches: Iterable[Batch]) -> None:
 
 
 def speed_up(ours: Run, theirs: Run) -> float:
-    """How many times faster ``ours`` is: the median over the batches, each batch compared with itself."""
-    return statistics.median(slow / fast for fast, slow in zip(ours.seconds, theirs.seconds, strict=True))
+    """How many times faster ``ours`` is: each batch compared with itself, the median over the batches.
+
+    The run that comes second finds the frozen weights in the cache, so the two orders have a median each; their geometric mean
+    cancels the order.
+    """
+    ratios = [slow / fast for fast, slow in zip(ours.seconds, theirs.seconds, strict=True)]
+    return statistics.geometric_mean(statistics.median(turn) for turn in (ratios[0::2], ratios[1::2]) if turn)
 
 
 def loss_difference(ours: Run, theirs: Run) -> float:

@@ -15,7 +15,7 @@ loss diff.  largest difference between the losses of the two runs at any step, o
 ms a step   median of forward, backward and AdamW; the two runs take turns on every batch
 peak MiB    most that a step's activations, gradients, temporaries and AdamW moments hold together, weights left out,
             on the longest batch, counted at PyTorch's allocator
-speed-up    median over the batches of plain / fastadapt; methods without an adapter have one run"""
+speed-up    median over the batches of plain / fastadapt on the same batch; methods without an adapter have one run"""
 
 
 class Row(NamedTuple):
