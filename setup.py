@@ -12,7 +12,7 @@ if build not in ("cpu", "cuda", "none"):
 stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # one binary for torch 2.10 and newer
 
 sources = sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
-args = {"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", *stable]}
+args = {"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *stable]}
 extension = CppExtension
 if build == "cuda":
     sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
