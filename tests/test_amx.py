@@ -214,6 +214,13 @@ def test_nan_and_inf_stay_in_their_row(lib):
     assert bool(y[17].isnan().all()) and not bool(y[[i for i in range(35) if i != 17]].isnan().any())
 
 
+def test_padding_adds_nothing_to_an_infinite_sum(lib):
+    x = torch.ones(35, 40, dtype=BF16)
+    x[34, 3] = torch.inf
+    c = accumulate(lib, torch.ones(35, 5), x, torch.zeros(5, 40))
+    assert bool((c[:, 3] == torch.inf).all()) and bool((c[:, 4] == 35).all())
+
+
 def test_a_row_does_not_depend_on_its_block(lib):
     x, w = torch.randn(64, 100).to(BF16), torch.randn(20, 100).to(BF16)
     z = down(lib, x, w)
