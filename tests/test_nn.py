@@ -108,6 +108,8 @@ def test_new_adapter_learns():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @over_options
 def test_equals_ordinary_modules(options, dtype):
+    if dtype == torch.bfloat16:  # the slope of relu jumps at zero, where rounding decides on which side: luck, for both
+        options = {"activation": "gelu", **options}
     adapter = randomised(BottleneckAdapter(D, R, **options), dtype)
     x, residual, grad_y = torch.randn(3, 16, 6, 7, D, device=DEVICE).to(dtype)
     assert_equal_to(plain, call, adapter, grad_y, x)
