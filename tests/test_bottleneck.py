@@ -10,7 +10,7 @@ import fastadapt
 from fastadapt.ops.bottleneck import _bwd, _fwd
 
 from .specs.bottleneck import SPEC
-from .test_ops import BACKENDS, DEVICE, floats, run, substitute
+from .test_ops import BACKENDS, DEVICE, check, floats, run, substitute
 
 backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if (b, DEVICE) in _fwd.available])
 
@@ -72,6 +72,22 @@ def test_bits_do_not_depend_on_the_number_of_threads(name):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0][key], other[key]) for other in results[1:] for key in other)
+
+
+@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("target", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("name", ["m65-d129-r48", "everything", "bank-with-everything", "float32-parameters"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_instruction_set(target, name, dtype):
+    best = fastadapt._C.cpu_target()
+    try:
+        fastadapt._C.cpu_target(target)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        check(SPEC, "native", lambda: SPEC.case(name).make(dtype, "cpu"))
+    finally:
+        fastadapt._C.cpu_target(best)
 
 
 @pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
