@@ -40,6 +40,7 @@ class Leaf:
         """Register the Triton launcher; under Triton's interpreter it also runs on CPU tensors."""
         if importlib.util.find_spec("triton") is None:
             return
+        self.launcher = launcher
         for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
             torch.library.impl(f"fastadapt::{self.name}_triton", key, launcher)
             self.available.add(("triton", key.lower()))

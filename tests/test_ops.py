@@ -1,18 +1,14 @@
 """The battery that every op passes; an op joins it with a file in specs/."""
 
-import importlib
-import pkgutil
-
 import pytest
 import torch
 import torch._dynamo.testing
 
 from fastadapt._leaf import INTERPRET
 
-from . import specs
 from .accuracy import excess
+from .specs import SPECS
 
-SPECS = {m.name: importlib.import_module(f"{specs.__name__}.{m.name}").SPEC for m in pkgutil.iter_modules(specs.__path__)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("triton",) if INTERPRET else ("native", "triton")
 
