@@ -200,13 +200,17 @@ void each_part(int64_t parts, const F& f) {
   });
 }
 
-// f(thread, segment), a run of chunks for each thread.
+// f(thread, number of the segment, segment), a run of chunks for each thread.
 template <class F>
 void each_segment(const Call& call, const F& f) {
   const int64_t chunks = call.first_segment.size() - 1;
   each_part(call.parts, [&](int64_t part) {
-    for (int64_t i = call.first_segment[chunks * part / call.parts]; i < call.first_segment[chunks * (part + 1) / call.parts]; ++i)
-      f(part, i);
+    const int64_t first = call.first_segment[chunks * part / call.parts], last = call.first_segment[chunks * (part + 1) / call.parts];
+    for (int64_t i = first; i < last; ++i) {
+      Segment segment = call.segments[i];
+      segment.packed = i > first && call.segments[i - 1].adapter == segment.adapter;
+      f(part, i, segment);
+    }
   });
 }
 
@@ -235,6 +239,16 @@ bool few_rows(const Problem& p, const Kernel& k) {
   if (k.most_column_rows && p.m > k.most_column_rows) return false;
   const int64_t weight_bytes = p.d * p.r * 4, hidden_bytes = p.m * round_up(p.r, 16) * 4;
   return p.backward ? weight_bytes >= (512 << 10) && hidden_bytes <= (4 << 20) : weight_bytes >= (768 << 10) && hidden_bytes <= (1 << 20);
+}
+
+// Fixes the way of a call. Weights that one thread packs for another move from cache to cache, which takes several times as
+// long as packing them; copies for every thread may take half a MiB a matrix.
+Kernel plan(Call& call) {
+  Problem& p = call.p;
+  const Kernel k = kernel(p.dtype, p.weight_dtype);
+  p.by_columns = few_rows(p, k);
+  p.own_weights = p.bank || (!p.by_columns && call.parts * p.d * p.r * 4 <= (512 << 10));
+  return k;
 }
 
 // The arguments that both directions share.
@@ -337,8 +351,7 @@ Tensor bottleneck_fwd_cpu(const Tensor& x, const Tensor& down_weight, const Tens
   Tensor y = empty(x.sizes(), x);
   if (p.m == 0 || p.d == 0) return y;
   p.y = y.mutable_data_ptr();
-  const Kernel k = kernel(p.dtype, p.weight_dtype);
-  p.by_columns = few_rows(p, k);
+  const Kernel k = plan(call);
   const Sizes sizes = k.sizes(p);
   ScratchMemory memory(sizes.shared + call.parts * sizes.thread);
   char *shared = memory.data(), *threads = shared + sizes.shared;
@@ -349,16 +362,15 @@ Tensor bottleneck_fwd_cpu(const Tensor& x, const Tensor& down_weight, const Tens
     each_part(call.parts, [&](int64_t part) { k.expand(p, shared, threads + part * sizes.thread, nullptr, part, call.parts); });
     return y;
   }
-  if (!p.bank) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
-  each_segment(call, [&](int64_t part, int64_t i) { k.forward(p, shared, threads + part * sizes.thread, call.segments[i]); });
+  if (!p.own_weights) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
+  each_segment(call, [&](int64_t part, int64_t, const Segment& s) { k.forward(p, shared, threads + part * sizes.thread, s); });
   return y;
 }
 
 // Runs backward into call.p.grads.
 void differentiate(Call& call) {
   Problem& p = call.p;
-  const Kernel k = kernel(p.dtype, p.weight_dtype);
-  p.by_columns = few_rows(p, k);
+  const Kernel k = plan(call);
   if (p.by_columns) {
     call.segments.assign(1, {0, 0, p.m});
     p.segment_rows = p.m;
@@ -375,9 +387,9 @@ void differentiate(Call& call) {
     each_part(call.parts, [&](int64_t part) { k.expand(p, shared, threads + part * sizes.thread, partials, part, call.parts); });
     return k.finish(p, call.segments.data(), segments, partials);
   }
-  if (!p.bank) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
-  each_segment(call, [&](int64_t part, int64_t i) {
-    k.backward(p, shared, threads + part * sizes.thread, call.segments[i], partials + i * sizes.partial);
+  if (!p.own_weights) each_part(call.parts, [&](int64_t part) { k.pack(p, shared, part, call.parts); });
+  each_segment(call, [&](int64_t part, int64_t i, const Segment& s) {
+    k.backward(p, shared, threads + part * sizes.thread, s, partials + i * sizes.partial);
   });
   each_part(call.parts, [&](int64_t part) {
     k.reduce(p, shared, threads + part * sizes.thread, call.segments.data(), segments, partials, part, call.parts);

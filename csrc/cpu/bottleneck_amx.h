@@ -129,7 +129,7 @@ struct AmxPass : Pass<BFloat16, W> {
   static Sizes sizes(const Problem& p) {
     Arena shared(nullptr), thread(nullptr), columns(nullptr), part(nullptr);
     Base::common(p, shared);
-    weights(p, p.bank ? thread : shared);
+    weights(p, p.own_weights ? thread : shared);
     memory(p, thread);
     if (p.backward) strip(p, columns), kept(p, part);
     return {shared.used(), most(thread.used(), columns.used()), part.used()};
@@ -159,11 +159,13 @@ struct AmxPass : Pass<BFloat16, W> {
     pack_adapter(p, c, weights(p, arena), 0, part, parts);
   }
 
-  static FA_INLINE Weights enter(const Problem& p, const Common<C>& c, Arena& shared, Arena& thread, int64_t id) {
-    if (!p.bank) return weights(p, shared);
+  static FA_INLINE Weights enter(const Problem& p, const Common<C>& c, Arena& shared, Arena& thread, const Segment& seg) {
+    if (!p.own_weights) return weights(p, shared);
     const Weights w = weights(p, thread);
-    Base::read_biases(p, c, w.small, id);
-    pack_adapter(p, c, w, id, 0, 1);
+    if (!seg.packed) {
+      Base::read_biases(p, c, w.small, seg.adapter);
+      pack_adapter(p, c, w, seg.adapter, 0, 1);
+    }
     return w;
   }
 
@@ -216,7 +218,7 @@ struct AmxPass : Pass<BFloat16, W> {
     if (seg.adapter < 0) return Base::pass_through(p, seg);
     Arena shared(shared_memory), thread(thread_memory);
     const Common<C> c = Base::common(p, shared);
-    const Weights w = enter(p, c, shared, thread, seg.adapter);
+    const Weights w = enter(p, c, shared, thread, seg);
     const Memory s = memory(p, thread);
     const int64_t block = block_rows(p), width = padded<C>(p.r);
     const amx::Session session(s.tiles, round_up(block, 32));
@@ -261,7 +263,7 @@ struct AmxPass : Pass<BFloat16, W> {
     }
     Arena shared(shared_memory), thread(thread_memory), part(partial_memory);
     const Common<C> c = Base::common(p, shared);
-    const Weights w = enter(p, c, shared, thread, seg.adapter);
+    const Weights w = enter(p, c, shared, thread, seg);
     const Memory s = memory(p, thread);
     const Kept k = kept(p, part);
     Partial<C> q = {};

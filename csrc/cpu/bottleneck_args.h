@@ -26,6 +26,7 @@ struct Parameter {
 // Consecutive rows (in `order`) of one adapter, worked on by one thread; adapter -1 has no weights.
 struct Segment {
   int64_t adapter, begin, end;
+  bool packed = false;  // the thread's memory holds its weights already
 };
 
 enum Gradient { grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, grad_scale, grad_norm_weight, grad_norm_bias, grad_skip, grad_hidden_skip, gradients };
@@ -36,6 +37,7 @@ struct Problem {
   Dtype dtype = Dtype::float32, weight_dtype = Dtype::float32;
   int64_t activation = 0;
   bool add_x = false, bank = false, backward = false, by_columns = false;
+  bool own_weights = false;  // each thread packs the weights of its segments for itself
   double scale_value = 1, norm_eps = 0;
   Rows x, residual, grad_y;
   Weight down, up;
@@ -54,7 +56,7 @@ struct Sizes {
 // The entry points of one instruction set and one pair of dtypes. All memory comes from the caller, 64-byte aligned.
 struct Kernel {
   Sizes (*sizes)(const Problem&);
-  // Reads the small parameters; then, outside banks, packs the weights: part `part` of `parts`.
+  // Reads the small parameters; then, without own_weights, packs the weights: part `part` of `parts`.
   void (*read_parameters)(const Problem&, void* shared);
   void (*pack)(const Problem&, void* shared, int64_t part, int64_t parts);
   void (*forward)(const Problem&, void* shared, void* thread, const Segment&);

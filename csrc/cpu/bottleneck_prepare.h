@@ -2,7 +2,7 @@
 #pragma once
 #include "activation.h"
 #include "bottleneck_args.h"
-#include "gemm.h"
+#include "narrow.h"
 
 namespace fastadapt::FA_TARGET::bottleneck {
 
@@ -17,7 +17,7 @@ struct Common {
 // z = xhat @ (Wd * norm_weight).T + (bd + Wd @ norm_bias).
 template <class C>
 struct Adapter {
-  C *down, *up;            // packed as d x r and r x d
+  C *down, *up;            // packed as d x r (see `project`) and r x d
   C *down_bias, *up_bias;  // (r,), (d,)
   C *up_back, *down_back;  // backward: packed as d x r and r x d
   C* norm_sum;             // backward under a norm: Wd @ norm_weight
@@ -75,9 +75,10 @@ struct Types {
     a.down_bias = arena.take<C>(padded<C>(r));
     a.up_bias = arena.take<C>(padded<C>(d) + panel_width<C>);
     if (p.by_columns) return a;
-    if (needs_hidden(p)) a.down = arena.take<C>(packed_size<C>(d, r));
+    const int64_t to_hidden = is_narrow(r) ? narrow_size<C>(d) : packed_size<C>(d, r);
+    if (needs_hidden(p)) a.down = arena.take<C>(to_hidden);
     if (!p.backward) a.up = arena.take<C>(packed_size<C>(r, d));
-    if (p.backward && needs_grad_a(p)) a.up_back = arena.take<C>(packed_size<C>(d, r));
+    if (p.backward && needs_grad_a(p)) a.up_back = arena.take<C>(to_hidden);
     if (p.backward && p.wants[grad_x]) a.down_back = arena.take<C>(packed_size<C>(r, d));
     if (p.backward && p.wants[grad_x] && p.norm_weight.data) a.norm_sum = arena.take<C>(padded<C>(r));
     return a;
@@ -118,7 +119,7 @@ struct Types {
     Sizes s;
     Arena shared(nullptr), thread(nullptr), part(nullptr);
     common(p, shared);
-    adapter(p, p.bank ? thread : shared);
+    adapter(p, p.own_weights ? thread : shared);
     scratch(p, thread);
     partial(p, part);
     s.shared = shared.used();
@@ -162,7 +163,7 @@ struct Types {
     if (c.norm_bias) read(p.norm_bias, 0, p.d, c.norm_bias, d);
     if (c.skip) read(p.skip, 0, p.d, c.skip, d);
     if (c.hidden_skip) read(p.hidden_skip, 0, p.r, c.hidden_skip, padded<C>(p.r));
-    if (!p.bank) read_biases(p, c, adapter(p, arena), 0);
+    if (!p.own_weights) read_biases(p, c, adapter(p, arena), 0);
   }
 
   static void read_biases(const Problem& p, const Common<C>& c, const Adapter<C>& a, int64_t id) {
@@ -184,11 +185,25 @@ struct Types {
     fastadapt::FA_TARGET::pack(source, packed, units * part / parts, units * (part + 1) / parts);
   }
 
+  // The same for a right operand of `project`.
+  static FA_INLINE void pack_projection(const Source<C, W>& source, C* packed, int64_t part, int64_t parts) {
+    if (!is_narrow(source.n)) return pack_share(source, packed, part, parts);
+    if (packed && part == parts - 1) pack_narrow(source, packed);
+  }
+
+  // Rows of d columns to r hidden values.
+  static FA_INLINE void project(const Problem& p, int64_t rows, const C* a, int64_t lda, const C* packed, const C* start, C* out) {
+    if (is_narrow(p.r))
+      gemm_narrow(rows, p.d, a, lda, packed, start, out, padded<C>(p.r));
+    else
+      gemm(rows, p.d, p.r, a, lda, packed, start, false, out, padded<C>(p.r));
+  }
+
   static void pack_adapter(const Problem& p, const Common<C>& c, const Adapter<C>& a, int64_t id, int64_t part, int64_t parts) {
     const W *down = element(p.down, id, 0, 0), *up = element(p.up, id, 0, 0);
-    pack_share({down, p.down.stride_1, p.down.stride_0, p.d, p.r, c.norm_weight, nullptr}, a.down, part, parts);
+    pack_projection({down, p.down.stride_1, p.down.stride_0, p.d, p.r, c.norm_weight, nullptr}, a.down, part, parts);
     pack_share({up, p.up.stride_1, p.up.stride_0, p.r, p.d, nullptr, c.scale}, a.up, part, parts);
-    pack_share({up, p.up.stride_0, p.up.stride_1, p.d, p.r, c.scale, nullptr}, a.up_back, part, parts);
+    pack_projection({up, p.up.stride_0, p.up.stride_1, p.d, p.r, c.scale, nullptr}, a.up_back, part, parts);
     pack_share({down, p.down.stride_0, p.down.stride_1, p.r, p.d, nullptr, c.norm_weight}, a.down_back, part, parts);
     const int64_t r0 = p.r * part / parts, r1 = p.r * (part + 1) / parts;
     if (c.norm_bias)
@@ -216,13 +231,13 @@ struct Types {
     pack_adapter(p, c, adapter(p, arena), 0, part, parts);
   }
 
-  // The adapter of a segment: shared, or of a bank and then packed here.
-  static FA_INLINE Adapter<C> enter(const Problem& p, const Common<C>& c, Arena& shared, Arena& thread, int64_t id) {
-    if (!p.bank) return adapter(p, shared);
+  // The adapter of a segment: shared, or packed here.
+  static FA_INLINE Adapter<C> enter(const Problem& p, const Common<C>& c, Arena& shared, Arena& thread, const Segment& seg) {
+    if (!p.own_weights) return adapter(p, shared);
     const Adapter<C> a = adapter(p, thread);
-    if (id >= 0) {
-      read_biases(p, c, a, id);
-      pack_adapter(p, c, a, id, 0, 1);
+    if (!seg.packed) {
+      read_biases(p, c, a, seg.adapter);
+      pack_adapter(p, c, a, seg.adapter, 0, 1);
     }
     return a;
   }

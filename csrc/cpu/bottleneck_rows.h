@@ -51,6 +51,19 @@ FA_INLINE void store_at(T* row, int64_t j, int64_t count, Vec<C> v) {
     store_some<C>(row + j, v, count);
 }
 
+// A tile of accumulators in memory, for a loop that isn't unrolled: an index that isn't constant would push the registers there
+// from the start.
+template <class C, int MR, int NV>
+struct Spilled {
+  Vec<C> tile[MR][NV];
+  FA_INLINE explicit Spilled(const Vec<C> (&acc)[MR][NV]) {
+#pragma GCC unroll 16
+    for (int t = 0; t < MR; ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) tile[t][v] = acc[t][v];
+  }
+};
+
 template <class T, class C>
 void copy_rows(const T* const* rows, int64_t n, int64_t d, int64_t step, C* out, int64_t ld) {
   for (int64_t i = 0; i < n; ++i)
@@ -128,11 +141,12 @@ struct UpEpilogue {
         }
       return;
     }
+    const Spilled<C, MR, NV> spilled(acc);
     for (int t = 0; t < MR; ++t)
       for (int v = 0; v < NV; ++v) {
         const int64_t c = j + v * L, count = p.d - c;
         if (count <= 0) break;
-        Vec<C> y = acc[t][v];
+        Vec<C> y = spilled.tile[t][v];
         if (added) y += load_at<C>(added[i + t], c, count, step);
         if (skip) y += load<C>(skip + c) * load_at<C>(block.x[i + t], c, count, p.x.step);
         store_at<C>(block.out[i + t], c, count, y);
@@ -164,11 +178,12 @@ struct GradEpilogue {
         }
       return;
     }
+    const Spilled<C, MR, NV> spilled(acc);
     for (int t = 0; t < MR; ++t)
       for (int v = 0; v < NV; ++v) {
         const int64_t c = j + v * L, count = p.d - first - c, row = i + t;
         if (count <= 0) break;
-        Vec<C> out = acc[t][v];
+        Vec<C> out = spilled.tile[t][v];
         if (rstd) out = rstd[row] * (out - mean[row] - load_at<C>(xhat.data + row * xhat.ld, c, count, 1) * mean_x[row]);
         const Vec<C> g = load_at<C>(grad_y.data + row * grad_y.ld, c, count, 1);
         if (p.add_x) out += g;
@@ -221,14 +236,14 @@ struct Pass : Types<T, W> {
     if (seg.adapter < 0) return pass_through(p, seg);
     Arena shared(shared_memory), thread(thread_memory);
     const Common<C> c = Base::common(p, shared);
-    const Adapter<C> a = Base::enter(p, c, shared, thread, seg.adapter);
+    const Adapter<C> a = Base::enter(p, c, shared, thread, seg);
     const Scratch<C> s = Base::scratch(p, thread);
     const int64_t block = block_rows<C>(p), ldz = padded<C>(p.r);
     Block<T> b;
     for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
       locate(p, begin, least(block, seg.end - begin), b);
       const Operand<C> x = left(p, b, s);
-      gemm(b.n, p.d, p.r, x.data, x.ld, a.down, a.down_bias, false, s.z, ldz);
+      Base::project(p, b.n, x.data, x.ld, a.down, a.down_bias, s.z);
       activate(p, b.n * ldz, s.z, c.hidden_skip);
       gemm_epilogue(b.n, p.r, p.d, s.z, ldz, a.up, a.up_bias, UpEpilogue<T, C>{b, p, c.skip});
     }
@@ -301,7 +316,7 @@ struct Pass : Types<T, W> {
     }
     Arena shared(shared_memory), thread(thread_memory), part(partial_memory);
     const Common<C> c = Base::common(p, shared);
-    const Adapter<C> a = Base::enter(p, c, shared, thread, seg.adapter);
+    const Adapter<C> a = Base::enter(p, c, shared, thread, seg);
     const Scratch<C> s = Base::scratch(p, thread);
     const Partial<C> q = Base::partial(p, part);
     const int64_t block = block_rows<C>(p), width = padded<C>(p.r);
@@ -314,8 +329,8 @@ struct Pass : Types<T, W> {
       Operand<C> x = {};
       if (needs_hidden(p)) {
         x = left(p, b, s);
-        gemm(b.n, p.d, p.r, x.data, x.ld, a.down, a.down_bias, false, s.z, width);
-        if (needs_grad_a(p)) gemm(b.n, p.d, p.r, g.data, g.ld, a.up_back, static_cast<const C*>(nullptr), false, s.grad_a, width);
+        Base::project(p, b.n, x.data, x.ld, a.down, a.down_bias, s.z);
+        if (needs_grad_a(p)) Base::project(p, b.n, g.data, g.ld, a.up_back, nullptr, s.grad_a);
         hidden_gradients(p, b.n, s, c.hidden_skip, q);
       }
       if (q.sum_g || q.skip) column_sums(p, b, g, q, 0, p.d);
