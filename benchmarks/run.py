@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import itertools
 import os
-import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests import specs
+from tests.specs import SPECS
 
 from .bench import DIRECTIONS, Bench
 from .machine import cores, machine, machine_name, software
@@ -21,7 +20,6 @@ from .report import plot, print_summary, print_table, write_json
 from .timing import TIMERS
 
 ROOT = Path(__file__).parent.parent
-SPECS = {m.name: importlib.import_module(f"{specs.__name__}.{m.name}").SPEC for m in pkgutil.iter_modules(specs.__path__)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

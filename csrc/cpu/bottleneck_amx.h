@@ -295,13 +295,6 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
   using T = BFloat16;
   using C = float;
 
-  // The sums of a strip as the only partial of an adapter, addressed by columns of the whole matrix.
-  struct Whole {
-    static constexpr int64_t first = 0, last = 1;
-    Partial<C> sums;
-    FA_INLINE const Partial<C>& operator()(const Problem&, int64_t) const { return sums; }
-  };
-
   // Adds a segment to the sums of columns [c, c + width).
   static void add(const Problem& p, const amx::Session& session, const Segment& seg, const typename Base::Kept& k,
                   const typename Base::Strip& s, int64_t c, int64_t width, bool fresh) {
@@ -349,7 +342,7 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
         Arena arena(run.memory + i * bytes);
         add(p, session, segments[i], Base::kept(p, arena), s, c, width, i == run.first);
       }
-      Whole whole = {};
+      typename Base::Whole whole = {};
       whole.sums.up = s.up - c;
       whole.sums.sum_g = s.up + Base::kept_rows(p) * Base::product_stride(p) - c;
       whole.sums.down = s.down - c;

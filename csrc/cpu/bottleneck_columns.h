@@ -29,6 +29,7 @@ struct Columns : Reduce<T, W> {
 
   struct Local {
     C *packed, *x, *grad_y;  // a strip of a weight, and of rows that can't be read in place
+    C *up, *down;            // sums of a strip of the weight gradients, as in Partial
   };
 
   static FA_INLINE int64_t hidden_size(const Problem& p) { return p.m * padded<C>(p.r); }
@@ -52,10 +53,12 @@ struct Columns : Reduce<T, W> {
 
   static FA_INLINE Local local(const Problem& p, Arena& arena) {
     const int64_t rows = least(p.m, row_block) * strip;
-    Local l;
+    Local l = {};
     l.packed = arena.take<C>(most(packed_size<C>(strip, p.r), packed_size<C>(p.r, strip)));
     l.x = arena.take<C>(rows);
     l.grad_y = arena.take<C>(p.backward ? rows : 0);
+    if (p.backward && needs_up_product(p)) l.up = arena.take<C>(strip * padded<C>(p.r));
+    if (p.backward && needs_down_product(p)) l.down = arena.take<C>(strip * padded<C>(p.r));
     return l;
   }
 
@@ -201,8 +204,7 @@ struct Columns : Reduce<T, W> {
       const int64_t n = least(strip, end - c);
       if (p.backward) {
         backward_strip(p, s, l, q, c, n);
-        const Segment all = {0, 0, p.m};
-        Base::reduce_blocks(p, s.common, &all, 1, partials, sizes(p).partial, c / lanes<C>, ceil_div(c + n, lanes<C>));
+        weight_gradients(p, s, l, q, c, n);
         continue;
       }
       pack_strip(p, p.up, p.up.stride_0, p.up.stride_1, c, n, s.common.scale, l.packed);
@@ -219,16 +221,28 @@ struct Columns : Reduce<T, W> {
     for_row_blocks(p, 0, p.m, [&](const Block<T>& b, int64_t row) FA_FORCED {
       const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
       const C *a = s.hidden.a + row * width, *grad_z = s.hidden.grad_a + row * width;
-      if (q.up) gemm_transposed(n, b.n, p.r, g.data, g.ld, a, width, row > 0, q.up + c * width, width);
+      if (l.up) gemm_transposed(n, b.n, p.r, g.data, g.ld, a, width, row > 0, l.up, width);
       if (q.sum_g || q.skip) Base::column_sums(p, b, g, q, c, c + n);
       if (p.wants[grad_x])
         gemm_epilogue(b.n, p.r, n, grad_z, width, l.packed, static_cast<const C*>(nullptr),
                       GradEpilogue<T, C>{b, p, s.common.skip, {}, g, nullptr, nullptr, nullptr, c});
-      if (q.down) {
+      if (l.down) {
         const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
-        gemm_transposed(n, b.n, p.r, x.data, x.ld, grad_z, width, row > 0, q.down + c * width, width);
+        gemm_transposed(n, b.n, p.r, x.data, x.ld, grad_z, width, row > 0, l.down, width);
       }
     });
+  }
+
+  static void weight_gradients(const Problem& p, const Shared& s, const Local& l, const Partial<C>& q, int64_t c, int64_t n) {
+    typename Base::Whole whole = {q};
+    if (l.up) whole.sums.up = l.up - c * padded<C>(p.r);
+    if (l.down) whole.sums.down = l.down - c * padded<C>(p.r);
+    for (int64_t j = c; j < c + n; j += lanes<C>) {
+      const int64_t count = least(lanes<C>, c + n - j);
+      typename Base::Sums sums = {};
+      Base::columns(p, whole, s.common, 0, j, count, sums);
+      Base::write_sums(p, sums, j, count);
+    }
   }
 
   // Columns [c, c + n) of a right operand with r rows.

@@ -41,7 +41,7 @@ struct Scratch {
 
 template <class C>
 struct Partial {
-  C *up, *down;                   // d x r, padded columns: G.T @ a and xhat.T @ grad_z
+  C *up, *down;                   // d x r, padded columns: G.T @ a and xhat.T @ grad_z; by columns they never lie here
   C *sum_g, *skip;                // (d,)
   C *down_bias, *hidden_skip;     // (r,)
 };
@@ -106,8 +106,8 @@ struct Types {
   static FA_INLINE Partial<C> partial(const Problem& p, Arena& arena) {
     Partial<C> q = {};
     const int64_t r = padded<C>(p.r), d = padded<C>(p.d);
-    if (needs_up_product(p)) q.up = arena.take<C>(p.d * r);
-    if (needs_down_product(p)) q.down = arena.take<C>(p.d * r);
+    if (needs_up_product(p) && !p.by_columns) q.up = arena.take<C>(p.d * r);
+    if (needs_down_product(p) && !p.by_columns) q.down = arena.take<C>(p.d * r);
     if (p.wants[grad_up_bias] || p.wants[grad_scale]) q.sum_g = arena.take<C>(d);
     if (p.wants[grad_skip]) q.skip = arena.take<C>(d);
     q.down_bias = arena.take<C>(r);

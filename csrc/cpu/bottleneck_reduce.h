@@ -32,6 +32,13 @@ struct Reduce : P {
     }
   };
 
+  // The sums of a strip as the only partial of an adapter, addressed by columns of the whole matrix.
+  struct Whole {
+    static constexpr int64_t first = 0, last = 1;
+    Partial<C> sums;
+    FA_INLINE const Partial<C>& operator()(const Problem&, int64_t) const { return sums; }
+  };
+
   static FA_INLINE void write(const Parameter& q, void* out, int64_t at, Vec<C> v, int64_t count) {
     if (q.like_x)
       store_at<C>(static_cast<T*>(out) + at, 0, count, v);
