@@ -1,11 +1,9 @@
 """Time every op against plain PyTorch, torch.compile and other libraries: ``python -m benchmarks.run [op ...]``."""
 
 import argparse
-import importlib
 import importlib.util
 import itertools
 import os
-import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests import specs
+from tests.specs import SPECS
 
 from .bench import DIRECTIONS, Bench
 from .machine import cores, machine, machine_name, software
@@ -21,7 +19,6 @@ from .report import plot, print_summary, print_table, write_json
 from .timing import TIMERS
 
 ROOT = Path(__file__).parent.parent
-SPECS = {m.name: importlib.import_module(f"{specs.__name__}.{m.name}").SPEC for m in pkgutil.iter_modules(specs.__path__)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
