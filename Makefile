@@ -5,14 +5,22 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
-.PHONY: demo test lint bench gpu clean
+# Files whose tests run once more in the strict interpreter.
+INTERPRETED := tests/test_ops.py tests/test_bottleneck.py tests/test_strict_interpreter.py
+
+.PHONY: demo test verify lint bench gpu clean
 
 demo: $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
 
 test: lint $(VENV)/.native
 	python -m pytest tests
-	TRITON_INTERPRET=1 python -m pytest tests/test_ops.py tests/test_bottleneck.py tests/test_strict_interpreter.py
+	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED)
+
+# Every proof that needs no GPU, the long ones too.
+verify: lint $(VENV)/.native
+	python -m pytest tests -m "slow or not slow"
+	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED) -m "slow or not slow"
 
 lint: $(VENV)/.test,demo,peers
 	ruff check .
