@@ -28,9 +28,10 @@ lint: $(VENV)/.test,demo,peers
 bench: $(VENV)/.test,demo,peers $(VENV)/.native
 	python -m benchmarks.run
 
-# On a machine with an NVIDIA GPU, in the Python environment that is active there.
+# On a machine with an NVIDIA GPU, in the Python environment that is active there; the record goes to the folder OUT.
+OUT ?= out
 gpu:
-	bash benchmarks/gpu.sh
+	$(PYTHON) -m tests.gpu $(OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastadapt/*.so

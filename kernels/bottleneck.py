@@ -176,8 +176,8 @@ def bottleneck_fwd(
         down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight
     )
     scalar, channels = (None, scale) if scale is not None and scale.dim() else (scale, None)
-    blocks = _row_blocks(x, down_weight, m, d, r, _FWD_TILES)
     with torch.cuda.device_of(x):
+        blocks = _row_blocks(x, down_weight, m, d, r, _FWD_TILES)
         order, starts, g, groups = _bank(adapter_ids, x, down_weight)
         x_table, x_stride = rows_of(x)
         residual_table, residual_stride = (None, 0) if residual is None else rows_of(residual)

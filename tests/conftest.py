@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses deterministic products on CUDA
 if os.environ.get("TRITON_INTERPRET") == "1":
     from .gpuless import strict_interpreter
 

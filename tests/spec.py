@@ -40,6 +40,7 @@ class OpSpec:
     cases: tuple
     bench: tuple
     bad: tuple
+    large: Callable[[int], Case]  # number -> a case with all that a call can have, its activation (m, d) of more elements
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
     dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)
 

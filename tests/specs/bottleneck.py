@@ -179,4 +179,5 @@ SPEC = OpSpec(
     bench=tuple(bench(m, d, r) for d, r, m in itertools.product((384, 768, 1024, 4096), (8, 16, 48, 64), (32, 128, 512, 2048))),
     bench_cuda=tuple(bench(m, d, r) for d, r, m in itertools.product((768, 4096), (16, 64, 256), (512, 4096, 16384))),
     bad=BAD,
+    large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), r=16, **EVERYTHING),
 )
