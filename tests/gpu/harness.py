@@ -125,8 +125,8 @@ class Run:
         if stopped or self.interrupted:
             stopped = stopped or "interrupted"
             result.result, result.detail = "stopped", f"{stopped}; {result.detail}".removesuffix("; ")
-        if section.name == "machine" and result.result == "passed":
-            self.machine = json.loads(text.splitlines()[-1])
+        if section.name == "machine":
+            self.machine = next((json.loads(line) for line in text.splitlines() if line.startswith("{")), None)
         return result
 
     def write(self) -> None:
