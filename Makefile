@@ -5,8 +5,9 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
-# Files whose tests run once more in the strict interpreter.
-INTERPRETED := tests/test_ops.py tests/test_bottleneck.py tests/test_strict_interpreter.py
+# Files whose tests run once more in the strict interpreter: the battery, those of one op, those of the interpreter.
+OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
+INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%.py) tests/test_strict_interpreter*.py)
 
 .PHONY: demo test verify lint bench gpu clean
 

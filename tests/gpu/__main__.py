@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .harness import Run, Section
+from .harness import ROOT, Run, Section
 
 PYTHON = sys.executable
 MACHINE = """
@@ -47,6 +47,15 @@ def workers() -> list[str]:
     return ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
 
+def found(*patterns: str) -> list[str]:
+    return sorted(f"tests/{path.name}" for pattern in patterns for path in (ROOT / "tests").glob(pattern))
+
+
+def ops() -> list[str]:
+    """The ops by name; their specs themselves would import torch."""
+    return [path.stem for path in (ROOT / "tests/specs").glob("[!_]*.py")]
+
+
 def build(results: dict) -> list[str]:
     """For the GPUs that are there: one architecture takes a fraction of the time of all."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -75,10 +84,7 @@ def sections(folder: Path, device: str) -> list[list[Section]]:
     real = device == "cuda"
     refusal = None if real else "needs a CUDA device"
     missing = refusal or (None if shutil.which("compute-sanitizer") else "compute-sanitizer isn't installed")
-    battery = {
-        f"battery-{backend}": pytest("tests/test_ops.py", *workers(), "-k", words)
-        for backend, words in (("native", "not triton"), ("triton", "triton"))
-    }
+    battery, modules = found("test_ops*.py"), found("test_nn*.py", *(f"test_{op}.py" for op in ops()))
     install = (PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", ".")
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor is an allocation, so that a read past its end is seen
     here = {"PIP_BREAK_SYSTEM_PACKAGES": "1", "FASTADAPT_BUILD": "none"}
@@ -87,7 +93,9 @@ def sections(folder: Path, device: str) -> list[list[Section]]:
         [Section("machine", always(PYTHON, "-c", MACHINE.format(device="cuda" if real else "cpu")), 60)],
         [Section("install", always(*install), 60, refusal=refusal, environment=here)],
         [Section("build", build, 240, refusal=refusal, environment=cuda)],
-        *([Section(name, command, 200, True, refusal)] for name, command in battery.items()),
+        [Section("battery-native", pytest(*battery, *workers(), "-k", "not triton"), 150, True, refusal)],
+        [Section("battery-triton", pytest(*battery, *workers(), "-k", "triton"), 200, True, refusal)],
+        [Section("modules", pytest(*modules, *workers()), 60, True, refusal)],
         [Section(name, pytest("tests/gpu", "-k", f"test_{name}"), limit, True) for name, limit in CHECKS.items()],
         [Section(tool, sanitizer(tool), 90, False, missing, alone) for tool in SANITIZERS],
         [Section("overhead", always(PYTHON, "-m", "benchmarks.run", "--overhead"), 40, refusal=refusal)],
