@@ -31,7 +31,7 @@ _FWD_TILES = Tiles({**_BWD_TILES, (2, 64): ((64, 64, 1024), *_HIGH) if _WGMMA el
 # BLOCK_M and BLOCK_D of the kernel that owns columns.
 _COLUMN_TILES = Tiles(
     {(2, r): ((32, 64 if _WGMMA else 32),) for r in (16, 32, 64, 128, 256)}
-    | {(4, r): ((32, 32) if r <= 64 else (16, 16),) for r in (16, 32, 64, 128, 256)}
+    | {(4, r): ((32, 32) if r <= 32 else (16, 32) if r == 64 else (16, 16),) for r in (16, 32, 64, 128, 256)}
 )
 _GRADIENTS = (
     "x", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
@@ -142,7 +142,10 @@ def _row_blocks(x, weight, m, d, r, tiles):
 def _column_blocks(x, block_r):
     """Blocks and launch options of the kernel that owns columns."""
     block_m, block_d = _COLUMN_TILES.pick((x.element_size(), block_r), lambda tile: True)
-    return _blocks(x, block_r, block_m, block_d, block_m * (block_d + block_r) * x.element_size())
+    blocks = _blocks(x, block_r, block_m, block_d, block_m * (block_d + block_r) * x.element_size())
+    if block_r == 256 and blocks["num_stages"] == 3:  # a ring of three such tiles doesn't fit the registers of sm_80
+        blocks["num_stages"] = 2
+    return blocks
 
 
 def _dense(*tensors):
