@@ -59,6 +59,7 @@ def test_the_table_and_the_record_survive(tmp_path, capsys):
             pytests("partly", tmp_path, "def test_a(record_property): record_property('b', 7)\ndef test_c(): pytest.skip('1')"),
             pytests("nothing", tmp_path, ""),
             pytests("segfault", tmp_path, "def test_a():\n    import ctypes; ctypes.string_at(0)"),
+            pytests("broken", tmp_path, "import no_such_module"),
             pytests("exits", tmp_path, "import os; os._exit(0)"),
         ],
     ])  # fmt: skip
@@ -78,10 +79,11 @@ def test_the_table_and_the_record_survive(tmp_path, capsys):
         "unmet": ("skipped", "one device"),
         "partly": ("passed", ""),
         "nothing": ("failed", "no test ran"),
-        "segfault": ("failed", found["segfault"]["detail"]),
+        "segfault": ("failed", "killed by SIGSEGV: Fatal Python error: Segmentation fault"),
+        "broken": ("failed", found["broken"]["detail"]),
         "exits": ("failed", "no output"),
     }
-    assert found["segfault"]["detail"].startswith("killed by SIGSEGV")
+    assert "No module named 'no_such_module'" in found["broken"]["detail"]
     assert found["partly"]["measured"] == {"test_a b": "7"} and found["partly"]["skipped"] == ["1"]
     assert found["hang"]["end_of_log"][0] == "begun"
     table = capsys.readouterr().out.splitlines()[-len(found) - 1 :]

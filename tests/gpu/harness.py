@@ -168,7 +168,8 @@ def judge(section: Section, code: int, lines: list[str], report: Path | None) ->
     if section.pytest:
         if report is None:
             result.result = "failed"
-            result.detail = f"{result.detail}: {last(lines)}".removeprefix(": ")
+            fatal = next((line for line in lines if line.startswith("Fatal Python error")), last(lines))
+            result.detail = f"{result.detail}: {fatal}".removeprefix(": ")
         else:
             count(result, report)
     elif code:
@@ -188,14 +189,21 @@ def count(result: Result, report: Path) -> None:
             if child.tag == "skipped":
                 result.skipped.append(child.get("message") or "")
             elif child.tag in ("failure", "error"):
-                message = (child.get("message") or child.text or "").strip().splitlines() or [""]
-                failures.append(f"{case.get('name')}: {message[0]}")
+                failures.append(f"{case.get('name')}: {first_line(child.get('message'), child.text)}")
     if failures:
         result.result, result.detail = "failed", f"{len(failures)} of {result.tests}: {failures[0]}"
     elif not result.tests:
         result.result, result.detail = "failed", "no test ran"
     elif result.result == "passed" and result.tests == len(result.skipped):
         result.result, result.detail = "skipped", "; ".join(dict.fromkeys(result.skipped))
+
+
+def first_line(message: str | None, text: str | None) -> str:
+    """What failed; the report of a file that can't be imported says so only in its text."""
+    errors = [line[1:].strip() for line in (text or "").splitlines() if line.startswith("E ")]
+    if message and message != "collection failure" or not errors:
+        return (message or "").partition("\n")[0]
+    return errors[-1]
 
 
 def last(lines: list[str]) -> str:
