@@ -9,7 +9,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
 INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%.py) tests/test_strict_interpreter*.py)
 
-.PHONY: demo test verify lint bench gpu clean
+.PHONY: demo test verify lint bench gpu budgets clean
 
 demo: $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
@@ -25,6 +25,10 @@ verify: lint $(VENV)/.native
 
 lint: $(VENV)/.test,demo,peers
 	ruff check .
+
+# What each compiled kernel may use, anew: a quarter of an hour of one core.
+budgets: $(VENV)/.test,demo,peers
+	python -m tests.gpuless.budgets
 
 bench: $(VENV)/.test,demo,peers $(VENV)/.native
 	python -m benchmarks.run

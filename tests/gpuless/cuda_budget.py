@@ -47,3 +47,13 @@ def compiled(source: Path, architectures) -> dict:
         if set(rows) != set(architectures):
             raise RuntimeError(f"{name} is compiled for {set(rows)}, not for {set(architectures)}")
     return measured
+
+
+def faults(rows: dict, architecture: int) -> list[str]:
+    """What no kernel may do. A stack frame alone means an array that registers could not hold, which is as slow as a spill."""
+    return [
+        f"{architecture} {name}: {row[column]} bytes of {column}"
+        for name, row in rows.items()
+        for column in ("stack", "spills")
+        if row[column]
+    ]
