@@ -203,5 +203,13 @@ SPEC = OpSpec(
     bench_cuda=tuple(bench(m, d, r) for d, r, m in itertools.product((768, 4096), (16, 64, 256), (512, 4096, 16384))),
     bad=BAD,
     compiled=COMPILED,
+    huge=(
+        case("bank-of-sequences", shape=(2100, 1024, 1024), r=16, g=3, ids=[i % 4 - 1 for i in range(2100)], **EVERYTHING),
+        case("bank-of-many", shape=(64, 1024), r=64, g=40_000, ids=[0, 39_999] * 32, **EVERYTHING),
+    ),
+    tiled=(
+        *(case(f"r{r}", shape=(67, 131), r=r, **EVERYTHING) for r in (20, 48, 100, 130)),
+        case("bank-r7", shape=(67, 131), r=7, g=3, ids=[2, -1, 0, *[2] * 64], **EVERYTHING),
+    ),
     large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), r=16, **EVERYTHING),
 )
