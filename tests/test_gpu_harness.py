@@ -118,10 +118,10 @@ def test_a_signal_leaves_the_table(tmp_path):
 @pytest.mark.parametrize("device", ["cuda", "stand-in"])
 def test_every_section_has_a_program(device, tmp_path):
     """What the table names exists: test functions, modules, files."""
-    from .gpu import test_device
+    from .gpu import test_configurations, test_device
     from .gpu.__main__ import CHECKS, sections
 
-    functions = [name for name in vars(test_device) if name.startswith("test_")]
+    functions = [name for name in (*vars(test_device), *vars(test_configurations)) if name.startswith("test_")]
     chosen = {check: [name for name in functions if f"test_{check}" in name] for check in CHECKS}
     assert all(chosen.values()) and sorted(sum(chosen.values(), [])) == sorted(functions), chosen
     for section in (s for group in sections(tmp_path, device) for s in group):

@@ -26,9 +26,9 @@ if device.type == "cuda":
     subprocess.run(["nvidia-smi"])
 print(json.dumps({{**machine(device), **software(), "cuda": torch.version.cuda}}))
 """
-# Checks of test_device.py by name, and their limits.
+# Tests in this folder by name, and their limits.
 CHECKS = {
-    "backends": 60, "repeats": 120, "graphs": 90, "streams": 60, "devices": 60, "memory": 90,
+    "backends": 60, "configurations": 150, "repeats": 120, "graphs": 90, "streams": 60, "devices": 60, "memory": 90,
     "synchronisations": 60, "large": 150,
 }  # fmt: skip
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -45,6 +45,10 @@ def pytest(*arguments):
 def workers() -> list[str]:
     """Side by side where pytest-xdist is there: the battery waits for the compiler most of the time."""
     return ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+
+
+def check(name: str):
+    return pytest("tests/gpu", "-k", f"test_{name}", *(workers() if name == "configurations" else ()))
 
 
 def found(*patterns: str) -> list[str]:
@@ -96,7 +100,7 @@ def sections(folder: Path, device: str) -> list[list[Section]]:
         [Section("battery-native", pytest(*battery, *workers(), "-k", "not triton"), 150, True, refusal)],
         [Section("battery-triton", pytest(*battery, *workers(), "-k", "triton"), 200, True, refusal)],
         [Section("modules", pytest(*modules, *workers()), 60, True, refusal)],
-        [Section(name, pytest("tests/gpu", "-k", f"test_{name}"), limit, True) for name, limit in CHECKS.items()],
+        [Section(name, check(name), limit, True) for name, limit in CHECKS.items()],
         [Section(tool, sanitizer(tool), 90, False, missing, alone) for tool in SANITIZERS],
         [Section("overhead", always(PYTHON, "-m", "benchmarks.run", "--overhead"), 40, refusal=refusal)],
         [Section("benchmarks", benchmarks(folder), 600, refusal=refusal)],
