@@ -5,24 +5,38 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
-.PHONY: demo test lint bench gpu clean
+# Files whose tests run once more in the strict interpreter: the battery, those of one op, those of the interpreter.
+OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
+INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%.py) tests/test_strict_interpreter*.py)
+
+.PHONY: demo test verify lint bench gpu budgets clean
 
 demo: $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
 
 test: lint $(VENV)/.native
 	python -m pytest tests
-	TRITON_INTERPRET=1 python -m pytest tests/test_ops.py tests/test_bottleneck.py tests/test_strict_interpreter.py
+	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED)
+
+# Every proof that needs no GPU, the long ones too.
+verify: lint $(VENV)/.native
+	python -m pytest tests -m "slow or not slow"
+	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED) -m "slow or not slow"
 
 lint: $(VENV)/.test,demo,peers
 	ruff check .
 
+# What each compiled kernel may use, anew: a quarter of an hour of one core.
+budgets: $(VENV)/.test,demo,peers
+	python -m tests.gpuless.budgets
+
 bench: $(VENV)/.test,demo,peers $(VENV)/.native
 	python -m benchmarks.run
 
-# On a machine with an NVIDIA GPU, in the Python environment that is active there.
+# On a machine with an NVIDIA GPU, in the Python environment that is active there; the record goes to the folder OUT.
+OUT ?= out
 gpu:
-	bash benchmarks/gpu.sh
+	$(PYTHON) -m tests.gpu $(OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastadapt/*.so

@@ -1,7 +1,6 @@
 """Time every op against plain PyTorch, torch.compile and other libraries: ``python -m benchmarks.run [op ...]``."""
 
 import argparse
-import importlib
 import importlib.util
 import itertools
 import os

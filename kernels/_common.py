@@ -158,6 +158,14 @@ def hidden_layer(z, hidden_skip_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr, ACT
     return value, slope
 
 
+class Tiles(dict):
+    """The tiles that a launcher chooses among, by a key. Every tile is right for every call of its key."""
+
+    def pick(self, key, suits):
+        """The first tile of ``key`` that suits the call, or the last one."""
+        return next((tile for tile in self[key] if suits(tile)), self[key][-1])
+
+
 def rows_of(t: torch.Tensor) -> tuple[torch.Tensor | None, int]:
     """``(table, stride)``: with its leading dims flattened, row i of ``t`` begins at ``table[i] * stride``; no table means i.
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import bank_rows, bank_tile, hidden_layer, moments, project, rank_vector, row_offsets, rows_of
+from ._common import Tiles, bank_rows, bank_tile, hidden_layer, moments, project, rank_vector, row_offsets, rows_of
 from .bottleneck_bwd import (
     bottleneck_bwd_columns_kernel,
     bottleneck_bwd_norm_dots_kernel,
@@ -21,6 +21,18 @@ _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 2
 _PROGRAMS = 264
 # Before 3.7.1 Triton omits the fence between cp.async and wgmma on sm_90. Tiles under 64 rows use mma.sync, which needs none.
 _WGMMA = [int(n) for n in re.findall(r"\d+", triton.__version__)[:3]] >= [3, 7, 1]
+# Tiles of the kernels that own rows, by the bytes of an element and BLOCK_R: BLOCK_M, BLOCK_D, and the widest d whose rows
+# stay in the L2 cache between two walks. The hidden tiles must fit the registers, of which backward holds more.
+_LOW = ((64, 64, 1024), (32, 64, 1024), (16, 64, 1024), (32, 128, 4096), (16, 128, None))[0 if _WGMMA else 3 :]
+_HIGH = ((32, 64, 4096), (16, 64, None))
+_FLOAT32 = {(4, r): ((32, 32, None), (16, 32, None)) if r <= 64 else ((16, 16, None),) for r in (16, 32, 64, 128, 256)}
+_BWD_TILES = Tiles({(2, 16): _LOW, (2, 32): _LOW, (2, 64): _HIGH, (2, 128): _HIGH, (2, 256): _HIGH, **_FLOAT32})
+_FWD_TILES = Tiles({**_BWD_TILES, (2, 64): ((64, 64, 1024), *_HIGH) if _WGMMA else _HIGH})
+# BLOCK_M and BLOCK_D of the kernel that owns columns.
+_COLUMN_TILES = Tiles(
+    {(2, r): ((32, 64 if _WGMMA else 32),) for r in (16, 32, 64, 128, 256)}
+    | {(4, r): ((32, 32) if r <= 32 else (16, 32) if r == 64 else (16, 16),) for r in (16, 32, 64, 128, 256)}
+)
 _GRADIENTS = (
     "x", "down_weight", "up_weight", "down_bias", "up_bias", "scale", "norm_weight", "norm_bias", "skip_weight",
     "hidden_skip_weight",
@@ -110,36 +122,30 @@ def _stages(x, tile_bytes):
     return max(1, min(4, max(shared // 2 // tile_bytes, min(2, shared // tile_bytes))))
 
 
-def _row_blocks(x, weight, m, d, r, tallest):
-    """Blocks and launch options of the kernels that own rows: a tile of rows must stay in the L2 cache between two walks, and
-    its hidden tiles in registers, which allows 64 rows up to rank ``tallest``."""
-    block_r = max(16, triton.next_power_of_2(r))
-    if x.element_size() == 4:
-        block_m, block_d = (32, 32) if block_r <= 64 else (16, 16)
-    else:
-        block_m = 64 if d <= 1024 and block_r <= tallest and _WGMMA else 32 if d <= 4096 else 16
-        block_d = 128 if block_m <= 32 and block_r <= 32 else 64
-    while block_m > 16 and triton.cdiv(m, block_m) < _PROGRAMS // 2:
-        block_m //= 2
-    block_d = min(block_d, max(16, triton.next_power_of_2(d)))
-    tile_bytes = block_d * (block_m * x.element_size() + block_r * weight.element_size())
+def _blocks(x, block_r, block_m, block_d, tile_bytes):
     return {
         "BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4 if block_r <= 64 else 8,
         "num_stages": _stages(x, tile_bytes), "enable_fp_fusion": True,
     }  # fmt: skip
 
 
-def _column_blocks(x, d, block_r):
+def _row_blocks(x, weight, m, d, r, tiles):
+    """Blocks and launch options of the kernels that own rows: the tallest tile of which there are enough."""
+    block_r = max(16, triton.next_power_of_2(r))
+    block_m, block_d, _ = tiles.pick(
+        (x.element_size(), block_r),
+        lambda tile: d <= (tile[2] or d) and (tile[0] == 16 or triton.cdiv(m, tile[0]) >= _PROGRAMS // 2),
+    )
+    return _blocks(x, block_r, block_m, block_d, block_d * (block_m * x.element_size() + block_r * weight.element_size()))
+
+
+def _column_blocks(x, block_r):
     """Blocks and launch options of the kernel that owns columns."""
-    if x.element_size() == 4:
-        block_m, block_d = (32, 32) if block_r <= 64 else (16, 16)
-    else:
-        block_m, block_d = 32, 64 if _WGMMA else 32
-    block_d = min(block_d, max(16, triton.next_power_of_2(d)))
-    return {
-        "BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4 if block_r <= 64 else 8,
-        "num_stages": _stages(x, block_m * (block_d + block_r) * x.element_size()), "enable_fp_fusion": True,
-    }  # fmt: skip
+    block_m, block_d = _COLUMN_TILES.pick((x.element_size(), block_r), lambda tile: True)
+    blocks = _blocks(x, block_r, block_m, block_d, block_m * (block_d + block_r) * x.element_size())
+    if block_r == 256 and blocks["num_stages"] == 3:  # a ring of three such tiles doesn't fit the registers of sm_80
+        blocks["num_stages"] = 2
+    return blocks
 
 
 def _dense(*tensors):
@@ -173,8 +179,8 @@ def bottleneck_fwd(
         down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight
     )
     scalar, channels = (None, scale) if scale is not None and scale.dim() else (scale, None)
-    blocks = _row_blocks(x, down_weight, m, d, r, tallest=64)
     with torch.cuda.device_of(x):
+        blocks = _row_blocks(x, down_weight, m, d, r, _FWD_TILES)
         order, starts, g, groups = _bank(adapter_ids, x, down_weight)
         x_table, x_stride = rows_of(x)
         residual_table, residual_stride = (None, 0) if residual is None else rows_of(residual)
@@ -204,8 +210,8 @@ class _Backward:
         self.m = x.numel() // self.d
         self.order, self.starts, self.g, self.groups = _bank(adapter_ids, x, self.down_weight)
         self.grad_rows, self.x_rows = (*rows_of(grad_y), grad_y.stride(-1)), (*rows_of(x), x.stride(-1))
-        self.row_blocks = _row_blocks(x, self.down_weight, self.m, self.d, self.r, tallest=32)
-        self.column_blocks = _column_blocks(x, self.d, self.row_blocks["BLOCK_R"])
+        self.row_blocks = _row_blocks(x, self.down_weight, self.m, self.d, self.r, _BWD_TILES)
+        self.column_blocks = _column_blocks(x, self.row_blocks["BLOCK_R"])
         rows, splits = self.column_blocks["BLOCK_M"], _PROGRAMS // triton.cdiv(self.d, self.column_blocks["BLOCK_D"])
         self.chunk = triton.cdiv(triton.cdiv(self.m, max(1, splits)), rows) * rows
         self.chunks = triton.cdiv(self.m, self.chunk) + (self.g if self.groups["GROUPS"] else 0)

@@ -79,7 +79,10 @@ def bottleneck_bwd_rows_kernel(
             grad_hidden *= tl.load(scale_ptr).to(tl.float32)
         elif channel_scale_ptr is None:
             grad_hidden *= scale_value
-        grad_z = (grad_hidden * slope).to(dtype)  # [BLOCK_M, BLOCK_R]
+        grad_z = grad_hidden * slope
+        if ACTIVATION == 0 and hidden_skip_ptr is None:  # relu selects: where it is 0, NaN and infinity end, as in PyTorch
+            grad_z = tl.where(z <= 0, 0.0, grad_hidden)
+        grad_z = grad_z.to(dtype)  # [BLOCK_M, BLOCK_R]
         if grad_z_ptr is not None:
             tl.store(grad_z_ptr + work, grad_z, mask=inside[:, None])
         if grad_skip_ptr is not None:

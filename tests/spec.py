@@ -28,6 +28,20 @@ class Bad:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """A call whose kernels are compiled for every chip. ``quick`` names the chips that the short run compiles it for."""
+
+    case: Case
+    dtype: torch.dtype
+    quick: tuple[int | str, ...] = ()  # as in gpuless.offline.CHIPS
+    aligned: bool = True  # rows begin at multiples of 16 bytes, so that tiles can be loaded 16 bytes at a time
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.name} {str(self.dtype)[6:]}"
+
+
+@dataclass(frozen=True)
 class OpSpec:
     op: Callable
     reference: Callable
@@ -40,7 +54,11 @@ class OpSpec:
     cases: tuple
     bench: tuple
     bad: tuple
+    large: Callable[[int], Case]  # number -> a case with all that a call can have, its activation (m, d) of more elements
+    huge: tuple[Case, ...] = ()  # like ``large``, by other ways; run for their addresses alone, without memory
+    tiled: tuple[Case, ...] = ()  # a tile and a bit in every direction; together they reach every key of the tables of tiles
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
+    compiled: tuple[Compiled, ...] = ()  # together they reach every entry of the tables of tiles in kernels/
     dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)
 
     def case(self, name: str) -> Case:

@@ -1,126 +1,106 @@
-"""The strict interpreter finds planted errors, and the offsets of the real launches at sizes that fit no memory."""
+"""The Triton kernels of every op in the strict interpreter: what the battery, which also runs in it, doesn't call for."""
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from triton.runtime.errors import InterpreterError
 
 from fastadapt._leaf import INTERPRET
-from fastadapt.ops.bottleneck import _launch_bwd, _launch_fwd
 
-from .gpuless import offline
-from .gpuless.strict_interpreter import Ghost, ghost_launch
-from .specs.bottleneck import EVERYTHING, SPEC, make
+from .gpuless import configurations
+from .gpuless import strict_interpreter as strict
+from .specs import SPECS
+from .test_ops import check, run
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
-@triton.jit
-def _copy_kernel(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr, MASK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < n) if MASK else tl.load(x_ptr + i)
-    tl.store(y_ptr + i * stride, x, mask=i < n)
+def over(cases, dtypes):
+    return pytest.mark.parametrize(
+        "spec, case, dtype",
+        [
+            pytest.param(spec, case, dtype, id=f"{name}-{case.name}-{str(dtype)[6:]}")
+            for name, spec in SPECS.items()
+            for case in cases(spec)
+            for dtype in dtypes
+        ],
+    )
 
 
-@triton.jit
-def _sum_kernel(x_ptr, y_ptr, OTHER: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < 3, other=OTHER)
-    tl.store(y_ptr, tl.sum(x.to(tl.float32), 0))
+def launch(spec, arguments, layout=lambda t: t):
+    """What the launchers of both leaves return when every gradient is wanted."""
+    views = {id(v): layout(v) for n, v in arguments.items() if n in spec.activations and isinstance(v, torch.Tensor)}
+    args = spec.leaf_args({n: views.get(id(v), v) for n, v in arguments.items()})
+    y = spec.fwd.launcher(*args)
+    wanted = [isinstance(arguments.get(name), torch.Tensor) for name in spec.bwd_outputs]
+    return y, *spec.bwd.launcher(*spec.bwd_leaf_args(layout(torch.ones_like(y)), args, wanted))
 
 
-@triton.jit
-def _arithmetic_kernel(x_ptr, y_ptr, sum_ptr, dot_ptr, PRECISION: tl.constexpr):
-    i = tl.arange(0, 16)
-    tile = i[:, None] * 16 + i[None, :]
-    x, y = tl.load(x_ptr + tile), tl.load(y_ptr + tile)
-    tl.store(sum_ptr + tile, (x.to(tl.float32) + y.to(tl.float32)).to(sum_ptr.dtype.element_ty))
-    tl.store(dot_ptr + tile, tl.dot(x, y, input_precision=PRECISION))
+def tiles_of(spec, case, dtype, place):
+    """The entries of the tables of tiles that a call takes, without running a program."""
+    with configurations.taken(place) as entries, strict.ghosts(lambda n: ()):
+        launch(spec, case.make(dtype, "meta"))
+    return entries
 
 
-def test_a_correct_kernel_passes():
-    x, y = torch.randn(10), torch.empty(10)
-    _copy_kernel[(3,)](x, y, 10, 1, BLOCK=4, MASK=True)
-    assert torch.equal(x, y)
+DEPTH = max((len(tiles) for table in configurations.tables().values() for tiles in table.values()), default=1)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_tiled_calls_reach_every_tile(name):
+    """And every table belongs to an op by the name of its file."""
+    taken = set()
+    for case in SPECS[name].tiled:
+        taken |= {e for dtype in (BF16, FP32) for place in range(DEPTH) for e in tiles_of(SPECS[name], case, dtype, place)}
+    owner = lambda table: max((op for op in SPECS if table.startswith(op)), key=len, default=None)  # noqa: E731
+    assert taken == {entry for entry in configurations.entries() if owner(entry[0]) in (name, None)}
+
+
+@over(lambda spec: spec.tiled, (BF16, FP32))
+def test_every_tile_alone(spec, case, dtype):
+    """The rule of the battery for each tile that the case can be made to take, and every element of the outputs written."""
+    seen = set()
+    for place in range(DEPTH):
+        if seen >= (entries := tiles_of(spec, case, dtype, place)):
+            continue
+        seen |= entries
+        with configurations.taken(place):
+            check(spec, "triton", lambda: case.make(dtype, "cpu"))
+            with strict.recorded() as launches:
+                outputs = launch(spec, case.make(dtype, "cpu"))
+        assert [strict.unwritten(t, launches) or 0 for t in outputs] == [0] * len(outputs), place
+
+
+def transposed(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 @pytest.mark.parametrize(
-    "n, stride, mask, message",
-    [
-        (10, 1, False, "load by program .* lanes are outside"),
-        (11, 1, True, "outside"),
-        (10, 2, True, "store by program .* outside"),
-        (10, 0, True, "from several lanes"),
-    ],
+    "layout",
+    [pytest.param(lambda t: t, id="contiguous"), pytest.param(transposed, id="transposed", marks=pytest.mark.slow)],
 )
-def test_planted_bounds_and_races(n, stride, mask, message):
-    x, y = torch.randn(10), torch.empty(10)
-    with pytest.raises(InterpreterError, match=message):
-        _copy_kernel[(3,)](x, y, n, stride, BLOCK=4, MASK=mask)
+@over(lambda spec: (spec.large(2**31), *spec.huge), (BF16,))
+def test_offsets_of_the_launches_are_64_bit(spec, case, dtype, layout):
+    """Programs from both ends of every launch of a call with more than 2**31 elements."""
+    with strict.ghosts() as launches:
+        launch(spec, case.make(dtype, "meta"), layout)
+    assert any(t.numel() > 2**31 for record in launches for t in record.tensors)
 
 
-def test_planted_race_between_programs():
-    x, y = torch.randn(10), torch.empty(10)
-    with pytest.raises(InterpreterError, match="races with a store"):
-        _copy_kernel[(3,)](x, y, 3, 0, BLOCK=1, MASK=True)
-    with pytest.raises(InterpreterError, match="races with"):
-        _copy_kernel[(3,)](x, x[1:], 3, 1, BLOCK=1, MASK=True)
+def order_changes_no_bit(spec, case, dtype, seeds):
+    arguments, first = case.make(dtype, "cpu"), None
+    for seed in seeds:
+        strict.reseed(seed)
+        results = run(spec.op, arguments, backend="triton")
+        first = first or results
+        assert all(torch.equal(t, results[n]) for n, t in first.items()), seed
 
 
-def test_planted_load_without_other():
-    x, y = torch.ones(3), torch.empty(1)
-    _sum_kernel[(1,)](x, y, OTHER=0.0, BLOCK=4)
-    assert y.item() == 3
-    _sum_kernel[(1,)](x, y, OTHER=None, BLOCK=4)
-    assert y.isnan()
+@over(lambda spec: spec.tiled[:1], (FP32,))
+def test_the_order_of_programs_changes_no_bit(spec, case, dtype):
+    order_changes_no_bit(spec, case, dtype, range(3))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_arithmetic_rounds_as_torch(dtype):
-    x, y = (torch.randn(16, 16).to(dtype) for _ in range(2))
-    sums, dots = torch.empty_like(x), torch.empty(16, 16)
-    _arithmetic_kernel[(1,)](x, y, sums, dots, PRECISION="ieee")
-    assert torch.equal(sums, (x.float() + y.float()).to(dtype))
-    torch.testing.assert_close(dots, x.float() @ y.float())
-
-
-def test_tf32_is_modelled():
-    x, y = torch.randn(16, 16), torch.randn(16, 16)
-    dots = torch.empty(16, 16)
-    _arithmetic_kernel[(1,)](x, y, torch.empty_like(x), dots, PRECISION="tf32")
-    error = (dots.double() - x.double() @ y.double()).norm() / dots.norm()
-    assert 1e-5 < error < 1e-3
-
-
-@triton.jit
-def _rows_kernel(y_ptr, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    row = tl.program_id(0)
-    if WIDE:
-        row = row.to(tl.int64)
-    tl.store(y_ptr + row * stride + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.float32))
-
-
-def test_planted_int32_offset():
-    ghost = Ghost(torch.empty((3_000_000, 1024), device="meta"))
-    with ghost_launch([0, 2_999_999], 3_000_000):
-        _rows_kernel[(2,)](ghost, 1024, BLOCK=1024, WIDE=True)
-        with pytest.raises(InterpreterError, match="overflow"):
-            _rows_kernel[(2,)](ghost, 1024, BLOCK=1024, WIDE=False)
-
-
-def test_offsets_of_the_launches_are_64_bit(monkeypatch):
-    """First and last program of every launch of a call with more than 2**31 elements."""
-    monkeypatch.setattr("fastadapt.kernels.bottleneck._PROGRAMS", 20_000)  # many planes of few rows: short loops
-    shape = (3_000_000, 1024)
-    arguments = make(torch.bfloat16, "meta", shape=shape, r=16, **EVERYTHING)
-    args = SPEC.leaf_args(arguments)
-    grad_y = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    with offline.target(90), offline.captured() as launches:
-        _launch_fwd(*args)
-        _launch_bwd(*SPEC.bwd_leaf_args(grad_y, args, [True] * 10))
-    assert len(launches) == 8
-    for launch in launches:
-        ghosts = [Ghost(a) if isinstance(a, torch.Tensor) else a for a in launch.args]
-        with ghost_launch([0, launch.grid[0] - 1], launch.grid[0]):
-            launch.kernel[(2,)](*ghosts, **launch.kwargs)
+@pytest.mark.slow
+@over(lambda spec: (*spec.cases, *spec.tiled), (BF16, FP32))
+def test_nothing_is_reported_over_many_orders(spec, case, dtype):
+    order_changes_no_bit(spec, case, dtype, range(20))

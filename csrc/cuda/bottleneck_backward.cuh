@@ -64,7 +64,9 @@ template <class T>
 __device__ __forceinline__ HiddenElement backward_element(HiddenGradient& h, int activation, float product, float grad_hidden) {
   if (!h.at.live) return HiddenElement{0.f, 0.f, 0.f, 0.f};
   const float z = product + h.at.bias;
-  const float grad_z = grad_hidden * (activate_gradient(activation, z) + h.at.skip);
+  float grad_z = grad_hidden * (activate_gradient(activation, z) + h.at.skip);
+  // relu selects: where it is 0, NaN and infinity end, as in PyTorch.
+  if (activation == 0 && !h.at.skips) grad_z = z <= 0.f ? 0.f : grad_hidden;
   h.sum_grad_z += grad_z;
   h.sum_grad_skip += grad_hidden * z;
   // The LayerNorm's means of grad_n, in rank space: grad_n = grad_z @ down, with grad_z as the product will see it.

@@ -2,291 +2,300 @@
 
 The interpreter of Triton 3.6 to 3.9 computes bfloat16 wrongly and is silent on much else. After :func:`install`
 
-* bfloat16 is bfloat16, rounded to nearest even; float32 operands of a tf32 dot are rounded to tf32; ``tl.sum`` adds as a
-  tree, as threads do;
-* every enabled lane of a load, store or atomic must lie inside a tensor argument;
-* lanes that are masked off without ``other`` are poison, not zero;
-* two programs that touch one element, one of them with a plain store, raise, and so do two lanes of one store;
-* programs run in a shuffled order;
-* overflow of int32 arithmetic and a failed ``tl.device_assert`` raise.
+* numbers round as on a GPU (strict_interpreter_arithmetic.py): bfloat16 is bfloat16, tf32 products are tf32, ``tl.sum`` adds
+  as a tree in its own type, ``tl.maximum`` drops NaN; overflow of int32, also of loop variables and casts, raises;
+* every enabled lane of a load, store or atomic must hit an element of the tensor argument that its pointer came from
+  (strict_interpreter_memory.py), lanes masked off without ``other`` hold poison, and so does what nobody has written;
+* two programs that touch one element, one of them with a plain store, raise; so do two lanes of one store, a load of what
+  the same program stored with no barrier between, and atomic sums of floats, which no order fixes;
+* programs run in a shuffled order, a new one every launch; :func:`reseed` begins a reproducible sequence of orders;
+* a failed ``tl.device_assert`` raises, and so does a grid larger than a GPU takes.
 
-:func:`ghost_launch` runs chosen programs of a launch that is far too large for memory, to find overflow of offsets.
+:func:`recorded` notes launches, for :func:`unwritten` to say which elements of an output no program stored.
+:func:`ghosts` runs chosen programs of launches on meta tensors of any size, to find overflow of offsets without memory.
 """
 
 import contextlib
+import dataclasses
+import functools
+import math
 import random
 from types import SimpleNamespace
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 import torch
+import triton
 import triton.language as tl
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+from . import strict_interpreter_arithmetic as arithmetic
+from . import strict_interpreter_memory, strict_interpreter_pins
+from .strict_interpreter_arithmetic import BFLOAT16, Handle
+from .strict_interpreter_memory import BoundsError, Memory, RaceError
+
+__all__ = ["BoundsError", "RaceError", "ghosts", "install", "recorded", "reseed", "unwritten"]
 _Builder = interpreter.InterpreterBuilder
-_Handle = interpreter.TensorHandle
-_numpy_dtype = interpreter._get_np_dtype
-_state = SimpleNamespace(regions=[], starts=None, ends=None, order=None, seed=0, ghost=None)
+_state = SimpleNamespace(random=random.Random(0), memory=None, poison=0, choose=None, records=None)
+_GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 
-class BoundsError(AssertionError):
-    """An enabled lane points outside every tensor argument of the launch."""
+class Record(NamedTuple):
+    """One launch: what ran, how often, its constants, its tensors (alive, so that no address is used again), its stores."""
 
-
-class RaceError(AssertionError):
-    """The result depends on the order in which programs or lanes run."""
-
-
-class Region:
-    """The memory of one tensor argument, from its first to its last element, and which program touched what."""
-
-    def __init__(self, name, tensor):
-        self.name, self.item, self.start = name, tensor.element_size(), tensor.data_ptr()
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-        self.end = self.start + extent * self.item if tensor.numel() else self.start
-        self.touched = None
-
-    def absorb(self, other):
-        """Take in a region that overlaps this one, so that aliases are tracked by address."""
-        self.end, self.item = max(self.end, other.end), min(self.item, other.item)
-        self.name += "/" + other.name
-
-    def log(self, program, elements, kind):
-        """Note an access; programs are numbered from 1, -1 stands for several."""
-        if self.touched is None:
-            size = (self.end - self.start) // self.item + 1
-            self.touched = {k: np.zeros(size, np.int32) for k in ("load", "store", "atomic")}
-        conflicts = {"load": ("store", "atomic"), "store": ("load", "store", "atomic"), "atomic": ("load", "store")}
-        for other in conflicts[kind]:
-            seen = self.touched[other][elements]
-            if ((seen != 0) & (seen != program)).any():
-                at = int(elements[np.argmax((seen != 0) & (seen != program))])
-                raise RaceError(f"{kind} by program {program - 1} races with a {other} at element {at} of {self.name}")
-        if kind == "store" and np.unique(elements).size != elements.size:
-            raise RaceError(f"store by program {program - 1} writes an element of {self.name} from several lanes")
-        seen = self.touched[kind][elements]
-        self.touched[kind][elements] = np.where((seen == 0) | (seen == program), program, -1)
-
-
-class Ghost:
-    """A tensor with a shape, a dtype, strides and an address of its own, but no memory."""
-
-    _next = 1 << 44
-
-    def __init__(self, tensor):
-        self.shape, self.dtype, self._tensor, self._address = tensor.shape, tensor.dtype, tensor, Ghost._next
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-        Ghost._next += (extent * tensor.element_size() + (2 << 20)) >> 20 << 20
-
-    def data_ptr(self):
-        return self._address
-
-    def stride(self, *dim):
-        return self._tensor.stride(*dim)
-
-    def element_size(self):
-        return self._tensor.element_size()
-
-    def numel(self):
-        return self._tensor.numel()
-
-
-@contextlib.contextmanager
-def ghost_launch(programs, grid):
-    """Inside, ``kernel[(len(programs),)](...)`` runs only these programs of a one-dimensional launch of size ``grid``.
-
-    Addresses are checked, memory isn't touched: loads give zeros.
-    """
-    _state.ghost = list(programs), (grid, 1, 1)
-    try:
-        yield
-    finally:
-        _state.ghost = None
-
-
-def _check(builder, pointers, mask, kind):
-    """Bounds and races of one memory access."""
-    enabled = np.broadcast_to(mask.data, pointers.data.shape).ravel().astype(bool)
-    addresses = pointers.data.ravel()[enabled]
-    if not addresses.size:
-        return
-    item = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-    index = np.searchsorted(_state.starts, addresses, side="right").astype(np.int64) - 1
-    outside = (index < 0) | (addresses + item > _state.ends[np.maximum(index, 0)])
-    if outside.any():
-        address = int(addresses[np.argmax(outside)])
-        near = min(_state.regions, key=lambda region: min(abs(address - region.start), abs(address - region.end)))
-        raise BoundsError(
-            f"{kind} by program {builder.grid_idx} at byte {address - near.start} of {near.name}, which has "
-            f"{near.end - near.start}; {int(outside.sum())} of {addresses.size} lanes are outside"
-        )
-    if _state.ghost is None:
-        x, y, z = builder.grid_idx
-        program = 1 + x + builder.grid_dim[0] * (y + builder.grid_dim[1] * z)
-        for i in np.unique(index):
-            region = _state.regions[i]
-            elements = (addresses[index == i] - np.uint64(region.start)) // np.uint64(region.item)
-            region.log(program, elements.astype(np.int64), kind)
-
-
-def _bits(array):
-    """bfloat16 as the integers that Triton's memory functions know."""
-    return np.ascontiguousarray(array).view(np.uint16) if array.dtype == BFLOAT16 else array
-
-
-def _dtype(ty):
-    return BFLOAT16 if ty.scalar == tl.bfloat16 else _numpy_dtype(ty)
-
-
-def _install_arithmetic():
-    """bfloat16, casts, tf32, and the GPU's rules: sums are trees, maximum and minimum drop NaN."""
-    stock_cast, stock_fp_to_fp, stock_dot = _Builder.cast_impl, _Builder.create_fp_to_fp, _Builder.create_dot
-
-    def cast(self, source, target):
-        have, want = source.dtype.scalar, target.scalar
-        if tl.bfloat16 not in (have, want) and (have, want) != (tl.float32, tl.float16):
-            return stock_cast(self, source, target)
-        data = source.data.astype(np.float32) if have in (tl.bfloat16, tl.float64) else source.data
-        return _Handle(data.astype(_dtype(target)), want)
-
-    def fp_to_fp(self, source, target, rounding):
-        if 8 in (source.dtype.scalar.primitive_bitwidth, target.scalar.primitive_bitwidth):
-            return stock_fp_to_fp(self, source, target, rounding)
-        return cast(self, source, target)
-
-    def tf32(data):
-        return ((np.ascontiguousarray(data).view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
-
-    def dot(self, a, b, acc, precision, *rest):
-        if a.data.dtype == BFLOAT16:
-            a, b = (_Handle(t.data.astype(np.float32), tl.float32) for t in (a, b))
-        elif a.data.dtype == np.float32 and str(precision).endswith("TF32"):
-            a, b = (_Handle(tf32(t.data), tl.float32) for t in (a, b))
-        return stock_dot(self, a, b, acc, precision, *rest)
-
-    def tree_sum(self, tensor):
-        data, axis = tensor.handle.data, self.axis
-        if axis is None:
-            data, axis = data.reshape(-1), 0
-        while data.shape[axis] > 1:
-            data = np.add(*np.split(data, 2, axis), dtype=data.dtype)
-        if self.keep_dims:
-            data = data if self.axis is not None else data.reshape((1,) * len(tensor.shape))
-        else:
-            data = data.squeeze(axis)
-        return self.to_tensor(data, tensor.dtype)
-
-    interpreter.ReduceOps.sum = tree_sum
-    interpreter._get_np_dtype = _dtype
-    _Builder.cast_impl, _Builder.create_fp_to_fp, _Builder.create_dot = cast, fp_to_fp, dot
-    for kind in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
-        setattr(_Builder, f"create_{kind}", cast)
-    _Builder.get_bf16 = lambda self, value: _Handle(np.array([value], np.float32).astype(BFLOAT16), tl.bfloat16)
-    _Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
-    _Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    kernel: str
+    grid: tuple
+    constants: dict
+    tensors: list
+    stores: list
 
 
 def _install_memory():
-    """Bounds, races, poison, and bfloat16 as its bits."""
-    stock_load, stock_store = _Builder.create_masked_load, _Builder.create_masked_store
+    """Checked loads, stores and atomics on the real addresses; bfloat16 travels as its bits."""
+    memory = interpreter._interpreter
     stock_rmw, stock_cas = _Builder.create_atomic_rmw, _Builder.create_atomic_cas
+    bits = lambda array: np.ascontiguousarray(array).view(np.uint16) if array.dtype == BFLOAT16 else array  # noqa: E731
 
-    def load(self, pointers, mask, other, *rest):
-        _check(self, pointers, mask, "load")
+    def load(self, pointers, mask, other, *rest, **options):
+        real, backed = _state.memory.access(self, pointers, mask.data, "load")
         ty, shape = pointers.get_element_ty(), pointers.data.shape
-        dtype = _dtype(ty)
-        if _state.ghost:
-            return _Handle(np.zeros(shape, dtype), ty)
+        dtype = arithmetic.numpy_dtype(ty)
         if other is None:
-            poison = np.full(shape, np.nan, np.float32) if ty.is_floating() else np.full(shape, 113)
-            other = _Handle(poison.astype(dtype), ty)
-        if dtype != BFLOAT16:
-            return stock_load(self, pointers, mask, other, *rest)
-        other = _bits(np.broadcast_to(other.data, shape))
-        bits = interpreter._interpreter.load(pointers.data, mask.data, other, np.dtype(np.uint16))
-        return _Handle(bits.view(BFLOAT16), ty)
+            rest_of = strict_interpreter_memory.poison(dtype, shape, _state.poison)
+        else:
+            rest_of = np.broadcast_to(other.data, shape).astype(dtype)
+        without = np.broadcast_to(np.asarray(mask.data), shape) & ~backed
+        data = memory.load(real, backed, bits(rest_of), np.dtype(np.uint16) if dtype == BFLOAT16 else dtype)
+        data = np.where(without, np.zeros(1, dtype), data.view(BFLOAT16) if dtype == BFLOAT16 else data)
+        return Handle(data, ty)
 
-    def store(self, pointers, value, mask, *rest):
-        _check(self, pointers, mask, "store")
-        if not _state.ghost:
-            stock_store(self, pointers, _Handle(_bits(value.data), value.dtype), mask, *rest)
+    def store(self, pointers, value, mask, *rest, **options):
+        real, backed = _state.memory.access(self, pointers, mask.data, "store")
+        memory.store(real, bits(np.broadcast_to(value.data, real.shape)), backed)
 
     def rmw(self, op, pointers, value, mask, *rest):
-        _check(self, pointers, mask, "atomic")
         if value.data.dtype == BFLOAT16:
-            raise NotImplementedError("bfloat16 atomics")
-        return value if _state.ghost else stock_rmw(self, op, pointers, value, mask, *rest)
+            raise NotImplementedError("atomics of bfloat16")
+        summed = "FADD" in str(op)
+        real, backed = _state.memory.access(self, pointers, mask.data, "atomic", ordered=summed)
+        return stock_rmw(self, op, Handle(real, pointers.dtype), value, Handle(backed, tl.int1), *rest)
 
     def cas(self, pointers, *rest):
-        _check(self, pointers, _Handle(np.ones(pointers.data.shape, bool), tl.int1), "atomic")
-        return stock_cas(self, pointers, *rest)
+        real, backed = _state.memory.access(self, pointers, True, "atomic")
+        return stock_cas(self, Handle(real, pointers.dtype), *rest) if backed.all() else rest[0]
 
     _Builder.create_masked_load, _Builder.create_masked_store = load, store
     _Builder.create_atomic_rmw, _Builder.create_atomic_cas = rmw, cas
+    _Builder.create_barrier = lambda self: _state.memory.barrier()
 
 
-def _regions(names, args, kwargs):
-    """The regions of a launch by address, overlapping ones merged."""
-    found = []
-
-    def add(name, value):
-        if isinstance(value, tuple):
-            for i, item in enumerate(value):
-                add(f"{name}[{i}]", item)
-        elif isinstance(value, (torch.Tensor, Ghost)) and value.numel():
-            found.append(Region(name, value))
-
-    for name, value in (*zip(names, args), *kwargs.items()):
-        add(name, value)
-    merged = []
-    for region in sorted(found, key=lambda region: region.start):
-        if merged and region.start < merged[-1].end:
-            merged[-1].absorb(region)
-        else:
-            merged.append(region)
-    return merged
+def _begin(grid, builder):
+    """Note the grid of a launch and choose its programs and their order. Returns the grid that the interpreter walks."""
+    grid = (*grid, 1, 1)[:3]
+    for axis, size, limit in zip("xyz", grid, _GRID_LIMITS):
+        if size > limit:
+            raise ValueError(f"grid.{axis} must be at most {limit}, got {size}")
+    n = math.prod(grid)
+    programs = range(n) if _state.choose is None else sorted({i for i in _state.choose(n) if 0 <= i < n})
+    _state.grid, _state.programs = grid, _state.random.sample(programs, len(programs))
+    return (len(programs),)
 
 
 def _install_launch():
-    """The order of programs, and what a launch may touch."""
+    """What a launch may touch, and the order of its programs."""
     executor = interpreter.GridExecutor
-    stock_index, stock_in, stock_out = _Builder.set_grid_idx, executor._init_args_hst, executor._restore_args_dev
+    stock_call, stock_in, stock_out = executor.__call__, executor._init_args_hst, executor._restore_args_dev
 
     def set_index(self, x, y, z):
-        if _state.ghost:
-            programs, self.grid_dim = _state.ghost
-            return stock_index(self, programs[x], 0, 0)
-        nx, ny, nz = self.grid_dim
-        if _state.order is None:
-            _state.order = random.Random(_state.seed).sample(range(nx * ny * nz), nx * ny * nz)
-        program = _state.order[(x * ny + y) * nz + z]
-        return stock_index(self, program // (ny * nz), program // nz % ny, program % nz)
+        nx, ny, _ = self.grid_dim = _state.grid
+        program = _state.programs[x]
+        self.grid_idx = program % nx, program // nx % ny, program // (nx * ny)
+        _state.memory.barrier()
 
     def args_in(self, args, kwargs):
-        args, kwargs = (list(args), dict(kwargs)) if _state.ghost else stock_in(self, args, kwargs)
-        _state.regions, _state.order = _regions(self.arg_names, args, kwargs), None
-        _state.starts = np.array([region.start for region in _state.regions], np.uint64)
-        _state.ends = np.array([region.end for region in _state.regions], np.uint64)
-        return args, kwargs
+        _state.memory = memory = Memory()
+        devices = set()
 
-    def args_out(self, *args):
-        if not _state.ghost:
-            stock_out(self, *args)
+        def wrap(name, value):
+            if isinstance(value, tuple):
+                items = [wrap(f"{name}[{i}]", item) for i, item in enumerate(value)]
+                return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+            if isinstance(value, TensorDescriptor):
+                return dataclasses.replace(value, base=wrap(name, value.base))
+            if isinstance(value, float) and name not in self.constexprs:
+                return tl.tensor(Handle(np.array([value], np.float32), tl.float32), tl.float32)  # as a GPU gets it
+            if not isinstance(value, torch.Tensor):
+                return value
+            return memory.add(name, getattr(value, "kept_values", value) if value.is_meta else value)
 
-    _Builder.set_grid_idx, executor._init_args_hst, executor._restore_args_dev = set_index, args_in, args_out
+        for value in tree_flatten((args, kwargs))[0]:
+            if isinstance(value, torch.Tensor):
+                devices.add(value.device.type)
+            elif isinstance(value, TensorDescriptor):
+                devices.add(value.base.device.type)
+        if "meta" in devices and _state.choose is None:
+            raise TypeError("a launch on meta tensors needs ghosts()")
+        _state.on_host = stock_in(self, args, kwargs) if devices - {"cpu", "meta"} else None
+        args, kwargs = _state.on_host or (args, kwargs)
+        args = [wrap(name, value) for name, value in zip(self.arg_names, args)]
+        wrapped = {name: wrap(name, value) for name, value in kwargs.items()}
+        memory.merge()
+        stock_grid = self.grid
+        self.grid = lambda meta: _begin(stock_grid(meta) if callable(stock_grid) else stock_grid, self)
+        _state.constants = {n: v for n, v in kwargs.items() if not isinstance(v, torch.Tensor)}
+        _state.poison = _state.random.randrange(3)
+        return args, wrapped
+
+    def args_out(self, args, args_hst, kwargs, kwargs_hst):
+        if _state.on_host is not None:
+            host_args, host_kwargs = _state.on_host
+            stock_out(self, args, host_args, kwargs, host_kwargs)
+        if _state.records is not None:
+            memory = _state.memory
+            tensors = [argument.tensor for argument in memory.arguments]
+            _state.records.append(
+                Record(self.fn.__name__, _state.grid, _state.constants, tensors, list(memory.stores()))
+            )
+
+    def call(self, *args, **kwargs):
+        _state.patched = set()
+        with np.errstate(all="ignore"):  # a NaN or an infinity is no error
+            return stock_call(self, *args, **kwargs)
+
+    @functools.cache
+    def modules(fn):
+        return {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+
+    def patch_lang(fn):
+        """The stock interpreter patches the language anew at every call of a device function, which takes half of its time."""
+        if modules(fn) <= _state.patched:
+            return interpreter._LangPatchScope()
+        _state.patched |= modules(fn)
+        return stock_patch(fn)
+
+    stock_patch, interpreter._patch_lang = interpreter._patch_lang, patch_lang
+    executor.__call__, executor._init_args_hst, executor._restore_args_dev = call, args_in, args_out
+    _Builder.set_grid_idx = set_index
 
 
-def install(seed: int = 0) -> None:
-    """Make the interpreter of this process strict. ``seed`` shuffles the order of programs."""
-    _state.seed = seed
+class _InterpreterDriver(DriverBase):
+    """What launchers and the autotuner ask of a GPU. The autotuner runs every configuration once and keeps the first."""
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_benchmarker(self):
+        return lambda call, quantiles=None, **options: call() or [1.0] * len(quantiles or [0])
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+
+class _Integers(TorchDispatchMode):
+    """Integer meta tensors keep their values on the CPU: ids, tables and orders decide which addresses a program forms."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, known = func(*args, **(kwargs or {})), True
+
+        def real(value):
+            nonlocal known
+            if isinstance(value, torch.device):
+                return torch.device("cpu")
+            if not isinstance(value, torch.Tensor) or not value.is_meta:
+                return value
+            known &= hasattr(value, "kept_values")
+            return getattr(value, "kept_values", None)
+
+        outputs = [o for o in tree_flatten(out)[0] if isinstance(o, torch.Tensor) and o.is_meta]
+        if outputs and all(not o.is_floating_point() and o.numel() < 2**28 for o in outputs):
+            args, kwargs = tree_map(real, (args, kwargs or {}))
+            if known:
+                for o, value in zip(outputs, tree_flatten(func(*args, **kwargs))[0]):
+                    o.kept_values = value
+        return out
+
+
+class _Literals(TorchFunctionMode):
+    """``torch.tensor([1, 2], device="meta")`` passes no operator that _Integers could see."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
+        return func(*args, **kwargs)
+
+
+def edges(n):
+    """The programs at both ends of a launch, and ever fewer further in: the last ones may have nothing to do."""
+    steps = [4**i for i in range(n.bit_length() // 2 + 1)]
+    return {*(i - 1 for i in steps), n // 2, *(n - i for i in steps)}
+
+
+@contextlib.contextmanager
+def recorded():
+    """Inside, every launch appends a Record to the list that this yields."""
+    before, _state.records = _state.records, []
+    try:
+        yield _state.records
+    finally:
+        _state.records = before
+
+
+@contextlib.contextmanager
+def ghosts(choose=edges):
+    """Inside, a launch runs only the programs that ``choose(number of programs)`` names, and takes meta tensors.
+
+    Addresses are checked, memory isn't touched: loads give zeros, and loops skip all but their ends. Integer tensors that are
+    made inside have their values. Yields the Records of the launches.
+    """
+    before, _state.choose = _state.choose, choose
+    arithmetic.settings.only_ends_of_loops = True
+    try:
+        with _Integers(), _Literals(), recorded() as records:
+            yield records
+    finally:
+        _state.choose, arithmetic.settings.only_ends_of_loops = before, before is not None
+
+
+def unwritten(tensor: torch.Tensor, records: list) -> int | None:
+    """How many elements of ``tensor`` none of these launches has stored; None if none stored to it at all."""
+    return strict_interpreter_memory.unwritten(tensor, [store for record in records for store in record.stores])
+
+
+def reseed(seed: int) -> None:
+    """Begin the sequence of program orders and of poison that ``seed`` names."""
+    _state.random = random.Random(seed)
+
+
+def install() -> None:
+    """Make the interpreter of this process strict. Raises if Triton has changed what this builds on."""
     if getattr(_Builder, "is_strict", False):
         return
+    if moved := strict_interpreter_pins.moved():
+        raise RuntimeError("the strict interpreter doesn't know this Triton:\n" + "\n".join(moved))
     _Builder.is_strict = True
     options = interpreter.interpreter_builder.options
-    interpreter.interpreter_builder.options = type(options)(
-        **{**options.__dict__, "debug": True, "sanitize_overflow": True}
-    )
-    _install_arithmetic()
+    interpreter.interpreter_builder.options = dataclasses.replace(options, debug=True, sanitize_overflow=True)
+    arithmetic.install()
     _install_memory()
     _install_launch()
+    triton.runtime.driver.set_active(_InterpreterDriver())

@@ -6,7 +6,7 @@ import torch
 from fastadapt.ops import bottleneck, bottleneck_reference
 from fastadapt.ops.bottleneck import ACTIVATIONS, _bwd, _fwd
 
-from ..spec import Bad, Case, OpSpec
+from ..spec import Bad, Case, Compiled, OpSpec
 
 
 def make(
@@ -163,6 +163,29 @@ def leaf_args(arguments):
     return bottleneck.arguments(*(arguments.get(name, defaults.get(name)) for name in names))
 
 
+def compiled(dtype, shape, r, quick=(), aligned=True, **options):
+    name = options.pop("name", f"m{shape[0]}-d{shape[1]}-r{r}")
+    return Compiled(case(name, shape=shape, r=r, **options), dtype, quick, aligned)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# The first call of a rank and element size goes through all tiles.
+COMPILED = (
+    compiled(BF16, (4096, 768), 16, g=5, ids=[0] * 4096, activation="gelu_tanh", name="bank-r16", quick=(90,)),
+    compiled(FP16, (4096, 1024), 32, **EVERYTHING),
+    compiled(BF16, (16384, 768), 64, **EVERYTHING, parameters=FP32, quick=(80, 90, 100, "gfx942")),
+    compiled(FP16, (4096, 2048), 128, **EVERYTHING, parameters=FP32),
+    compiled(BF16, (4096, 4096), 256, **EVERYTHING, quick=(80, 86)),
+    compiled(FP32, (4096, 768), 16),
+    compiled(FP32, (4096, 768), 32, g=5, ids=[0] * 4096, activation="silu", name="bank-r32"),
+    compiled(FP32, (4096, 768), 64, **EVERYTHING, quick=(80,)),
+    compiled(FP32, (4096, 768), 128, activation="gelu_tanh"),
+    compiled(FP32, (4096, 768), 256, **EVERYTHING, quick=(120,)),
+    compiled(BF16, (16384, 1024), 64, name="plain-r64", quick=(89,)),
+    compiled(FP16, (17, 769), 7, activation="tanh", aligned=False),
+)
+
+
 SPEC = OpSpec(
     op=bottleneck,
     reference=bottleneck_reference,
@@ -179,4 +202,14 @@ SPEC = OpSpec(
     bench=tuple(bench(m, d, r) for d, r, m in itertools.product((384, 768, 1024, 4096), (8, 16, 48, 64), (32, 128, 512, 2048))),
     bench_cuda=tuple(bench(m, d, r) for d, r, m in itertools.product((768, 4096), (16, 64, 256), (512, 4096, 16384))),
     bad=BAD,
+    compiled=COMPILED,
+    huge=(
+        case("bank-of-sequences", shape=(2100, 1024, 1024), r=16, g=3, ids=[i % 4 - 1 for i in range(2100)], **EVERYTHING),
+        case("bank-of-many", shape=(64, 1024), r=64, g=40_000, ids=[0, 39_999] * 32, **EVERYTHING),
+    ),
+    tiled=(
+        *(case(f"r{r}", shape=(67, 131), r=r, **EVERYTHING) for r in (20, 48, 100, 130)),
+        case("bank-r7", shape=(67, 131), r=7, g=3, ids=[2, -1, 0, *[2] * 64], **EVERYTHING),
+    ),
+    large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), r=16, **EVERYTHING),
 )

@@ -1,0 +1,104 @@
+"""The compilation gate: every launch of the calls in an op's spec, compiled for one chip, and the faults of its machine code.
+
+The first call of a dtype and rank goes through all tiles of the tables it meets; the other calls are compiled as launched.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .configurations import tables, taken
+from .offline import CHIPS, Launch, captured, compiled, target
+from .offline_machine import Machine, inspect
+
+COMPILER = f"triton {triton.__version__}"
+# With a few values fewer in registers one more program may fit a multiprocessor; ptxas then stores those that a loop doesn't
+# use once before it and loads them once behind it. In the loops nothing may be spilled.
+STACK = 16
+
+
+class Build(NamedTuple):
+    """A compiled launch. ``products``: its tl.dot needs tensor cores; ``wide``: some tile has 16 bytes for each thread."""
+
+    name: str
+    launch: Launch
+    machine: Machine
+    products: bool
+    wide: bool
+
+
+def launches(spec, call, chip, place=None):
+    """What a forward and a backward launch on ``chip`` when every gradient is wanted, and the entries of the tables used."""
+    arguments = call.case.make(call.dtype, "meta")
+    args = spec.leaf_args(arguments)
+    wanted = [isinstance(arguments.get(name), torch.Tensor) for name in spec.bwd_outputs]
+    with target(chip), taken(place) as entries, captured() as found:
+        y = spec.fwd.launcher(*args)
+        spec.bwd.launcher(*spec.bwd_leaf_args(torch.empty_like(y), args, wanted))
+    return found, entries
+
+
+def places(spec, call, chip, known: set):
+    """The places that a call goes through, given the ``known`` (table, key) pairs, to which its own are added."""
+    keys = {entry[:2] for entry in launches(spec, call, chip)[1]}
+    new = keys - known
+    known |= keys
+    return range(max(len(tables()[name][key]) for name, key in new)) if new else (None,)
+
+
+def builds(spec, chip, calls, everything=True):
+    """The distinct Builds of ``calls``, and the entries of the tables that they cover."""
+    found, covered, known = [], set(), set()
+    for call in calls:
+        hashes = set()
+        for place in places(spec, call, chip, known) if everything else (None,):
+            launched, entries = launches(spec, call, chip, place)
+            covered |= entries
+            for launch in launched:
+                with target(chip):
+                    kernel = compiled(launch)
+                if kernel.hash not in hashes:
+                    hashes.add(kernel.hash)
+                    found.append(described(call, launch, kernel, found))
+    return found, covered
+
+
+def described(call, launch, kernel, others):
+    name = f"{call.name}: {launch.name}"
+    twins = sum(other.name.partition(" #")[0] == name for other in others)  # the same tiles with other arguments
+    code, threads = kernel.asm["ttir"], kernel.metadata.num_warps * kernel.metadata.target.warp_size
+    operands = re.findall(r"tt\.dot .*?(tf32)?(?:x3)? : tensor<[\dx]*x(\w+)> \*", code)
+    tiles = re.findall(r"tt\.load .*: tensor<((?:\d+x){2,})!tt\.ptr<[a-z]+(\d+)", code)
+    sizes = [math.prod(map(int, shape.rstrip("x").split("x"))) * int(bits) // 8 for shape, bits in tiles]
+    return Build(
+        f"{name} #{twins + 1}" if twins else name, launch, inspect(kernel),
+        any(tf32 or dtype != "f32" for tf32, dtype in operands),
+        call.aligned and any(size >= 16 * threads for size in sizes),
+    )  # fmt: skip
+
+
+def faults(build: Build, chip: str) -> list[str]:
+    """What no kernel may do on any chip."""
+    machine, limit = build.machine, CHIPS[chip].shared * 1024
+    x, *others = build.launch.grid
+    found = {
+        f"{machine.shared} bytes of shared memory, the chip has {limit}": machine.shared > limit,
+        f"{machine.stack} bytes of stack": machine.stack > STACK,
+        f"{machine.local} instructions in loops go to local memory": machine.local > 0,
+        "its products use no tensor cores": build.products and not machine.products,
+        "no 16-byte loads": build.wide and not machine.wide,
+        "no fence.proxy.async between writes to shared memory and tensor cores": machine.unfenced,
+        f"grid {build.launch.grid} exceeds what CUDA launches": x >= 2**31 or any(n >= 2**16 for n in others),
+    }
+    return [f"{chip} {build.name}: {fault}" for fault, present in found.items() if present]
+
+
+def rows(found: list[Build]) -> dict:
+    """What the budgets record of the builds."""
+    return {
+        build.name: {"registers": build.machine.registers, "shared": build.machine.shared, "products": build.machine.products}
+        for build in found
+    }

@@ -1,0 +1,109 @@
+"""CUDA sources on a simulated GPU: their host side runs here, and the kernels that it launches run as the PTX of nvcc."""
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from torch.utils.cpp_extension import include_paths
+
+from ..emulated import CUDA, FLAGS
+from ..stable import ABI, Builder, Module
+from . import machine
+from .memory import Memory
+from .parser import entries
+
+HOST = Path(__file__).parent / "host"
+# Types of hardware.cuh, which names them anew for nvcc.
+NAMES = {"fastadapt::bf16": "__nv_bfloat16", "fastadapt::f16": "__half"}
+LAUNCH = ctypes.CFUNCTYPE(
+    None, ctypes.c_uint64, *(ctypes.c_uint,) * 4, ctypes.c_uint64, ctypes.c_uint, ctypes.POINTER(ctypes.c_uint64),
+    ctypes.POINTER(ctypes.c_char),
+)  # fmt: skip
+ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint64)
+OWNS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+
+
+def compile_ptx(source: Path, arch: int) -> str:
+    includes = [f"-isystem={path}" for path in include_paths()]
+    command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", ABI, *includes, f"-arch=sm_{arch}", "-ptx", source, "-o", "-"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+class CudaDevice:
+    """``call(leaf, kinds, values, outputs)`` for the leaves of csrc/cuda/<op>.cu, and the kernels of the last such call.
+
+    ``change`` may edit the PTX of a kernel before it runs.
+    """
+
+    def __init__(self, folder: Path, op: str, sources: Path = CUDA):
+        flags = ("-I", HOST, *FLAGS, "-O0", "-Wl,--wrap=free,--wrap=posix_memalign")
+        builder = Builder(folder, *flags)
+        library = builder.module(builder.compile(sources / f"{op}.cu"))
+        self.source, self.module, self.ptx = sources / f"{op}.cu", Module(library), {}
+        symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+        self.kernels = {int(at, 16): name for at, _, name in (line.split(" ", 2) for line in symbols.splitlines() if line[0] != " ")}
+        for ours, theirs in NAMES.items():
+            self.kernels = {at: name.replace(ours, theirs) for at, name in self.kernels.items()}
+        self.hooks = LAUNCH(self.launch), ALLOCATE(self.allocate), OWNS(self.owns)
+        shared_object = ctypes.CDLL(str(library))
+        for name, hook in zip(("simulator_launch", "simulator_allocate", "simulator_owns"), self.hooks):
+            ctypes.c_void_p.in_dll(shared_object, name).value = ctypes.cast(hook, ctypes.c_void_p).value
+        self.arch, self.change, self.settings, self.memory, self.error = 80, None, {}, None, None
+
+    def entry(self, name: str) -> tuple[str, str]:
+        """PTX and the name in it of the kernel that the host calls ``name``."""
+        if self.arch not in self.ptx:
+            ptx = compile_ptx(self.source, self.arch)
+            mangled = entries(ptx)
+            self.ptx[self.arch] = ptx, dict(zip(demangled(mangled), mangled))
+        ptx, names = self.ptx[self.arch]
+        return ptx, names[name]
+
+    def __call__(self, leaf, kinds, values, outputs):
+        self.memory, self.error, self.launched = Memory(), None, []
+        values = [self.placed(v, i) if isinstance(v, np.ndarray) else v for i, v in enumerate(values)]
+        results = list(self.module.with_settings(**self.settings)(leaf, kinds, values, outputs))
+        if self.error:
+            raise self.error
+        return results
+
+    def placed(self, array, number):
+        """The array in the memory of the simulator, in an allocation of its own with the same place among its bytes."""
+        if not array.size:
+            return array
+        span = array.itemsize + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides))
+        offset = array.ctypes.data % 16
+        start = self.memory.add(offset + span, f"argument {number}") + offset
+        inside = np.ndarray(array.shape, array.dtype, self.memory.data.data, start, array.strides)
+        inside[...] = array
+        self.memory.forbid(start - offset, offset + span)
+        self.memory.allow(start, array.itemsize, array.shape, array.strides)
+        return inside
+
+    def allocate(self, size):
+        return self.memory.origin + self.memory.add(size, f"allocation of {size} bytes")
+
+    def owns(self, address):
+        return self.memory is not None and 0 <= (address or 0) - self.memory.origin < len(self.memory.data)
+
+    def launch(self, kernel, x, y, z, threads, shared, count, sizes, content):
+        if self.error:
+            return
+        try:
+            ends = np.cumsum([0, *sizes[:count]]).tolist()
+            arguments = [content[a:b] for a, b in zip(ends, ends[1:])]
+            name = self.kernels[kernel]
+            ptx, entry = self.entry(name)
+            self.launched.append(name)
+            if self.change:
+                ptx = self.change(name, ptx)
+            machine.launch(ptx, entry, self.memory, (x, y, z), threads, shared, arguments)
+        except Exception as error:  # no exception can pass through the host's code
+            self.error = error

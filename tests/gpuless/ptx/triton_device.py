@@ -1,0 +1,133 @@
+"""Triton launchers on a simulated GPU: what they launch is compiled for a real one and runs as PTX."""
+
+import contextlib
+import struct
+
+import torch
+from triton.runtime.jit import KernelInterface
+
+from .. import offline
+from . import machine
+from .memory import Memory
+
+SCALARS = {
+    "i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "fp32": "f"
+}  # fmt: skip
+
+
+def bytes_of(storage):
+    return torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+
+
+class Buffers:
+    """The allocations behind some tensors, copied to the simulated memory and back.
+
+    A kernel can reach the elements of the tensors it was given, and not what lies between the rows of a view.
+    """
+
+    def __init__(self, memory: Memory):
+        self.memory, self.homes = memory, {}
+
+    def address(self, tensor: torch.Tensor, name: str) -> int:
+        """Where the first element of ``tensor`` lies."""
+        memory, storage, item = self.memory, tensor.untyped_storage(), tensor.element_size()
+        if storage.data_ptr() not in self.homes:
+            start = memory.add(storage.nbytes(), name)
+            self.homes[storage.data_ptr()] = start, storage
+            memory.data[start : start + storage.nbytes()] = bytes_of(storage)
+            memory.forbid(start, storage.nbytes())
+        first = self.homes[storage.data_ptr()][0] + tensor.storage_offset() * item
+        memory.allow(first, item, tensor.shape, [s * item for s in tensor.stride()])
+        return memory.origin + first
+
+    def copy_back(self):
+        for start, storage in self.homes.values():
+            bytes_of(storage)[:] = self.memory.data[start : start + storage.nbytes()]
+
+
+def like_meta(tensor):
+    """The tensor without its data: shape, strides and place in its allocation are kept."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return torch.empty(size, dtype=tensor.dtype, device="meta").as_strided(
+        tensor.shape, tensor.stride(), tensor.storage_offset()
+    )
+
+
+def on_meta(args):
+    """Arguments of a leaf on the meta device; what was one tensor stays one tensor."""
+    seen = {id(a): like_meta(a) for a in args if isinstance(a, torch.Tensor)}
+    return [seen.get(id(a), a) for a in args]
+
+
+def same(planned, actual):
+    if isinstance(planned, torch.Tensor) and isinstance(actual, torch.Tensor):
+        place = lambda t: (t.shape, t.stride(), t.dtype, t.storage_offset())  # noqa: E731
+        return place(planned) == place(actual)
+    return type(planned) is type(actual) and planned == actual
+
+
+def run_launch(planned, args, change):
+    """The launch that was captured on meta tensors, on the tensors ``args``."""
+    kernel = offline.compiled(planned)
+    memory = Memory()
+    buffers = Buffers(memory)
+    values = dict(zip(planned.kernel.arg_names, args)) | planned.kwargs
+    arguments = []
+    for name, kind in kernel.src.signature.items():
+        if kind == "constexpr":  # also what the specialisation has folded in: None and 1
+            continue
+        if kind.startswith("*"):
+            arguments.append(struct.pack("<Q", buffers.address(values[name], name)))
+        elif kind in SCALARS:
+            arguments.append(struct.pack("<" + SCALARS[kind], values[name]))
+        else:
+            raise NotImplementedError(f"{planned.name}: argument {name} of type {kind}")
+    grid = (*planned.grid, 1, 1)[:3]
+    metadata = kernel.metadata
+    ptx = change(planned.name, kernel.asm["ptx"])
+    machine.launch(ptx, metadata.name, memory, grid, metadata.num_warps * 32, metadata.shared, arguments)
+    buffers.copy_back()
+
+
+@contextlib.contextmanager
+def executed(planned, change):
+    """Inside, ``kernel[grid](...)`` runs as the next of the ``planned`` launches."""
+    remaining, stock = list(planned), KernelInterface.__getitem__
+
+    def run(kernel, grid, args, kwargs):
+        assert remaining, f"{kernel.fn.__name__} is launched on the CPU, not on meta tensors"
+        plan = remaining.pop(0)
+        assert plan.kernel is kernel and plan.grid == grid and len(plan.args) == len(args), f"{plan} and {kernel} {grid}"
+        assert all(map(same, plan.args, args)), f"{plan.name}: {plan.args} and {args}"
+        run_launch(plan, args, change)
+
+    KernelInterface.__getitem__ = lambda kernel, grid: lambda *a, **k: run(kernel, grid, a, k)
+    try:
+        yield
+        assert not remaining, f"launched on meta tensors only: {remaining}"
+    finally:
+        KernelInterface.__getitem__ = stock
+
+
+def implementation(leaf, arch, change):
+    def call(*args):
+        with offline.target(arch):
+            with offline.captured() as planned:
+                leaf.launcher(*on_meta(args))
+            with executed(planned, change):
+                return leaf.launcher(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def installed(spec, arch: int, change=lambda name, ptx: ptx):
+    """Inside, backend="triton" of the op runs on the CPU as PTX for ``arch``; ``change`` may edit the PTX of a kernel."""
+    stock = [(leaf, leaf.triton, leaf.available) for leaf in (spec.fwd, spec.bwd)]
+    for leaf, _, available in stock:
+        leaf.triton, leaf.available = implementation(leaf, arch, change), available | {("triton", "cpu")}
+    try:
+        yield
+    finally:
+        for leaf, leaf.triton, leaf.available in stock:  # noqa: B020
+            pass

@@ -1,0 +1,49 @@
+"""What the pages name exists: files, modules, make targets, test functions."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fastadapt", "kernels", "tests")
+PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]|[\w-]+\.(?:py|cpp|cuh?|h|json|md|toml|sh)\b")
+
+
+def code(page):
+    """The pieces of a page between backticks and in blocks of code."""
+    blocks = re.split(r"^```.*\n", page, flags=re.M)
+    for block in blocks[1::2]:
+        yield from block.splitlines()
+    yield from re.findall(r"`([^`\n]+)`", "\n".join(blocks[::2]))
+
+
+def missing(text):
+    """What the page's code names and the project lacks. ``<op>`` and the like stand for any name."""
+    found = []
+    for piece in code(text):
+        piece = re.sub(r"<\w+>", "*", piece.partition(" #")[0])
+        found += [f"make {name}" for name in re.findall(r"\bmake ([a-z]+)", piece) if name not in TARGETS]
+        for module in re.findall(r"-m ((?:benchmarks|tests|examples)[\w.]*)", piece):
+            path = ROOT / module.replace(".", "/")
+            if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
+                found.append(f"python -m {module}")
+        for name in PATH.findall(piece):
+            if not list(ROOT.glob(name)) and ("/" in name or not list(ROOT.glob(f"[!.]*/**/{name}"))):
+                found.append(name)
+        for path, function in re.findall(r"(tests/[\w/]+\.py)::(\w+)", piece):
+            if (ROOT / path).exists() and f"def {function}" not in (ROOT / path).read_text():
+                found.append(f"{path}::{function}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_the_page_names_exists(page):
+    assert not (lost := missing(page.read_text())), lost
+
+
+def test_planted_names():
+    text = "`make nothing`, `tests/no.py`, `tests/spec.py::test_no`, `kernels/<op>.py`, `x.cuh`\n```\npython -m tests.no\n```"
+    assert sorted(missing(text)) == ["make nothing", "python -m tests.no", "tests/no.py", "tests/spec.py::test_no", "x.cuh"]
