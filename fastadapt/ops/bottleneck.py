@@ -80,7 +80,7 @@ _MAX_RANK = {"triton": 256, "native": 1024}  # on a GPU: the hidden tile must fi
 
 def _unsupported(backend, args):
     x, down_weight = args[:2]
-    if backend == "native" and x.device.type == "cpu":
+    if backend == "native" and x.is_cpu:
         return None
     if x.dtype == torch.float64:
         return "does not support float64"
@@ -118,16 +118,25 @@ _bwd.launch(_launch_bwd)
 
 
 class Bottleneck(torch.autograd.Function):
+    @classmethod
+    def of(cls, backend, x, down_weight, up_weight, down_bias, up_bias, residual, add_x, scale, scale_value, activation,
+           norm_weight, norm_bias, norm_eps, skip_weight, hidden_skip_weight, adapter_ids):  # fmt: skip
+        """``apply`` for the arguments of the forward leaf. An argument costs it time: what isn't a tensor goes as one."""
+        return cls.apply(
+            (backend, add_x, scale_value, activation, norm_eps), x, down_weight, up_weight, down_bias, up_bias, residual, scale,
+            norm_weight, norm_bias, skip_weight, hidden_skip_weight, adapter_ids,
+        )  # fmt: skip
+
     @staticmethod
     def forward(
-        ctx, backend, x, down_weight, up_weight, down_bias, up_bias, residual, add_x, scale, scale_value, activation,
-        norm_weight, norm_bias, norm_eps, skip_weight, hidden_skip_weight, adapter_ids,
+        ctx, constants, x, down_weight, up_weight, down_bias, up_bias, residual, scale, norm_weight, norm_bias, skip_weight,
+        hidden_skip_weight, adapter_ids,
     ):  # fmt: skip
         ctx.save_for_backward(
             x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight,
             adapter_ids,
         )  # fmt: skip
-        ctx.constants = backend, add_x, scale_value, activation, norm_eps
+        ctx.constants = backend, add_x, scale_value, activation, norm_eps = constants
         return getattr(_fwd, backend)(
             x, down_weight, up_weight, down_bias, up_bias, residual, add_x, scale, scale_value, activation,
             norm_weight, norm_bias, norm_eps, skip_weight, hidden_skip_weight, adapter_ids,
@@ -142,7 +151,7 @@ class Bottleneck(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         backend, add_x, scale_value, activation, norm_eps = ctx.constants
         needs = ctx.needs_input_grad
-        mask = [needs[i] for i in (1, 2, 3, 4, 5, 8, 11, 12, 14, 15)]
+        mask = [needs[i] for i in (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)]
         grads = [None] * 10
         if any(mask):
             outputs = getattr(_bwd, backend)(
@@ -151,7 +160,7 @@ class Bottleneck(torch.autograd.Function):
             )  # fmt: skip
             grads = [grad if wanted else None for grad, wanted in zip(outputs, mask)]
         grad_residual = grad_y if needs[6] else None
-        return (None, *grads[:5], grad_residual, None, grads[5], None, None, *grads[6:8], None, *grads[8:], None)
+        return (None, *grads[:5], grad_residual, *grads[5:], None)
 
 
 def _arguments(
@@ -271,7 +280,7 @@ def bottleneck(
             x, down_weight, up_weight, down_bias, up_bias, residual, args[7], norm_weight, norm_bias, skip_weight,
             hidden_skip_weight,
         )  # fmt: skip
-        return Bottleneck.apply(name, *args) if recorded else getattr(_fwd, name)(*args)
+        return Bottleneck.of(name, *args) if recorded else getattr(_fwd, name)(*args)
     except Exception:
         # The kernel has refused the call. Checking only now keeps small calls fast; if an argument is to blame, say which.
         try:
