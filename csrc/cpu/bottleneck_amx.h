@@ -43,8 +43,6 @@ struct AmxPass : Pass<BFloat16, W> {
     T *a, *grad_z;
   };
 
-  static constexpr int64_t strip_width = 256;
-  static constexpr bool rank_rows = true;
   static FA_INLINE int64_t product_stride(const Problem&) { return amx::accumulator_stride(strip_width); }
 
   // In backward whole steps of the tiles' inner dimension.
@@ -325,14 +323,14 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
     const int64_t stride = Base::product_stride(p);
     for (int64_t j = 0; j < (Base::kept_rows(p) + Base::needs_sums(p)) * stride; ++j) s.up[j] = 0;
     for (int64_t j = 0; j < p.r * stride; ++j) s.down[j] = 0;
-    for (int64_t j = 0; j < Base::strip_width; ++j) s.skip[j] = 0;
+    for (int64_t j = 0; j < strip_width; ++j) s.skip[j] = 0;
   }
 
   // The gradients of the weights in columns [c, c + width).
   static void weight_gradients(const Problem& p, const Common<C>& common, const amx::Session& session,
                                const typename Base::Strip& s, const Segment* segments, int64_t count, void* partials,
                                int64_t bytes, int64_t c, int64_t width) {
-    typename Base::Sums sums[Base::strip_width / lanes<C>] = {};
+    typename Base::Sums sums[strip_width / lanes<C>] = {};
     typename Base::Run run = {segments, static_cast<char*>(partials), 0, 0, bytes};
     for (int64_t id = 0; id < p.g; ++id) {
       run.next(count, id);
@@ -359,7 +357,7 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
   template <class F>
   static FA_INLINE void each_strip(const Problem& p, int64_t part, int64_t parts, const F& f) {
     const int64_t steps = ceil_div(p.d, 32), end = least(p.d, steps * (part + 1) / parts * 32);
-    for (int64_t c = steps * part / parts * 32; c < end; c += Base::strip_width) f(c, least(Base::strip_width, end - c));
+    for (int64_t c = steps * part / parts * 32; c < end; c += strip_width) f(c, least(strip_width, end - c));
   }
 
   static void reduce(const Problem& p, void* shared_memory, void* thread_memory, const Segment* segments, int64_t count,

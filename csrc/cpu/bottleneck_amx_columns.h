@@ -45,10 +45,10 @@ struct AmxColumns : AmxReduce<W> {
   }
 
   static FA_INLINE Local local(const Problem& p, Arena& arena) {
-    const int64_t rows = Base::block_rows(p), width = most(chunk_width(p), Base::strip_width);
+    const int64_t rows = Base::block_rows(p), width = most(chunk_width(p), strip_width);
     Local l = {};
     l.tiles = arena.take<T>(amx::scratch_size(rows, chunk_width(p)));
-    l.packed = arena.take<T>(most(amx::packed_size(p.r, chunk_width(p)), amx::packed_size(Base::strip_width, p.r)));
+    l.packed = arena.take<T>(most(amx::packed_size(p.r, chunk_width(p)), amx::packed_size(strip_width, p.r)));
     if (p.x.step != 1 || p.grad_y.step != 1) l.x = arena.take<T>(rows * width);
     if (p.residual.step != 1) l.residual = arena.take<T>(rows * width);
     if (p.backward) l.strip = Base::strip(p, arena);

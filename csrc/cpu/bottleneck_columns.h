@@ -11,8 +11,8 @@ namespace fastadapt::FA_TARGET::bottleneck {
 // Chunks don't depend on the number of threads, so neither do the sums.
 constexpr int64_t column_chunks = 8;
 
-// Columns and rows that a thread works on at once.
-constexpr int64_t strip = 256, row_block = 96;
+// Rows that a thread works on at once.
+constexpr int64_t row_block = 96;
 
 template <class T, class W>
 struct Columns : Reduce<T, W> {
@@ -52,13 +52,13 @@ struct Columns : Reduce<T, W> {
   static FA_INLINE bool few(const Problem& p) { return p.m <= 256; }
 
   static FA_INLINE Local local(const Problem& p, Arena& arena) {
-    const int64_t rows = least(p.m, row_block) * strip;
+    const int64_t rows = least(p.m, row_block) * strip_width;
     Local l = {};
-    l.packed = arena.take<C>(most(packed_size<C>(strip, p.r), packed_size<C>(p.r, strip)));
+    l.packed = arena.take<C>(most(packed_size<C>(strip_width, p.r), packed_size<C>(p.r, strip_width)));
     l.x = arena.take<C>(rows);
     l.grad_y = arena.take<C>(p.backward ? rows : 0);
-    if (p.backward && needs_up_product(p)) l.up = arena.take<C>(strip * padded<C>(p.r));
-    if (p.backward && needs_down_product(p)) l.down = arena.take<C>(strip * padded<C>(p.r));
+    if (p.backward && needs_up_product(p)) l.up = arena.take<C>(p.r * strip_width);
+    if (p.backward && needs_down_product(p)) l.down = arena.take<C>(p.r * strip_width);
     return l;
   }
 
@@ -71,11 +71,11 @@ struct Columns : Reduce<T, W> {
     return {shared.used(), thread.used(), p.backward ? part.used() : 0};
   }
 
-  // Columns [c, c + n) of some rows, in place or copied.
-  static FA_INLINE Operand<C> columns(const T* const* rows, int64_t m, int64_t c, int64_t n, int64_t step, C* copy) {
+  // Columns [c, c + n) of some rows, in place or copied, see `operand`.
+  static FA_INLINE Operand<C> columns(const T* const* rows, int64_t m, int64_t c, int64_t n, int64_t step, C* copy, bool whole = false) {
     const T* at[max_rows];
     for (int64_t i = 0; i < m; ++i) at[i] = rows[i] + c * step;
-    return operand(at, m, n, step, copy);
+    return operand(at, m, n, step, copy, whole);
   }
 
   // Calls f(block, first row) for rows [begin, end).
@@ -117,8 +117,8 @@ struct Columns : Reduce<T, W> {
     if (!few(p)) {
       const int64_t blocks = ceil_div(p.m, row_block), begin = blocks * part / parts * row_block;
       const int64_t end = least(p.m, blocks * (part + 1) / parts * row_block);
-      for (int64_t c = 0; c < p.d; c += strip)
-        project_strip(p, s, l, c, least(strip, p.d - c), begin, end, c == 0, s.hidden.z, both ? s.hidden.grad_a : nullptr);
+      for (int64_t c = 0; c < p.d; c += strip_width)
+        project_strip(p, s, l, c, least(strip_width, p.d - c), begin, end, c == 0, s.hidden.z, both ? s.hidden.grad_a : nullptr);
       return activate_rows(p, s, begin, end);
     }
     const int64_t size = hidden_size(p), width = round_up(ceil_div(p.d, column_chunks), lanes<C>);
@@ -126,7 +126,7 @@ struct Columns : Reduce<T, W> {
       const int64_t begin = least(p.d, chunk * width), end = least(p.d, begin + width);
       int64_t c = begin;
       do {  // an empty chunk still clears its sums
-        const int64_t n = least(strip, end - c);
+        const int64_t n = least(strip_width, end - c);
         project_strip(p, s, l, c, n, 0, p.m, c == begin, s.z_chunks + chunk * size, both ? s.grad_a_chunks + chunk * size : nullptr);
         c += n;
       } while (c < end);
@@ -200,8 +200,8 @@ struct Columns : Reduce<T, W> {
     const Local l = local(p, thread);
     const Partial<C> q = p.backward ? Base::partial(p, partial) : Partial<C>{};
     const int64_t panels = ceil_div(p.d, panel_width<C>), end = least(p.d, panels * (part + 1) / parts * panel_width<C>);
-    for (int64_t c = panels * part / parts * panel_width<C>; c < end; c += strip) {
-      const int64_t n = least(strip, end - c);
+    for (int64_t c = panels * part / parts * panel_width<C>; c < end; c += strip_width) {
+      const int64_t n = least(strip_width, end - c);
       if (p.backward) {
         backward_strip(p, s, l, q, c, n);
         weight_gradients(p, s, l, q, c, n);
@@ -219,24 +219,24 @@ struct Columns : Reduce<T, W> {
     const int64_t width = padded<C>(p.r);
     if (p.wants[grad_x]) pack_strip(p, p.down, p.down.stride_1, p.down.stride_0, c, n, nullptr, l.packed);
     for_row_blocks(p, 0, p.m, [&](const Block<T>& b, int64_t row) FA_FORCED {
-      const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
+      const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y, true);
       const C *a = s.hidden.a + row * width, *grad_z = s.hidden.grad_a + row * width;
-      if (l.up) gemm_transposed(n, b.n, p.r, g.data, g.ld, a, width, row > 0, l.up, width);
+      if (l.up) gemm_transposed(p.r, b.n, n, a, width, g.data, g.ld, row > 0, l.up, strip_width);
       if (q.sum_g || q.skip) Base::column_sums(p, b, g, q, c, c + n);
       if (p.wants[grad_x])
         gemm_epilogue(b.n, p.r, n, grad_z, width, l.packed, static_cast<const C*>(nullptr),
                       GradEpilogue<T, C>{b, p, s.common.skip, {}, g, nullptr, nullptr, nullptr, c});
       if (l.down) {
-        const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
-        gemm_transposed(n, b.n, p.r, x.data, x.ld, grad_z, width, row > 0, l.down, width);
+        const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x, true);
+        gemm_transposed(p.r, b.n, n, grad_z, width, x.data, x.ld, row > 0, l.down, strip_width);
       }
     });
   }
 
   static void weight_gradients(const Problem& p, const Shared& s, const Local& l, const Partial<C>& q, int64_t c, int64_t n) {
     typename Base::Whole whole = {q};
-    if (l.up) whole.sums.up = l.up - c * padded<C>(p.r);
-    if (l.down) whole.sums.down = l.down - c * padded<C>(p.r);
+    if (l.up) whole.sums.up = l.up - c;
+    if (l.down) whole.sums.down = l.down - c;
     for (int64_t j = c; j < c + n; j += lanes<C>) {
       const int64_t count = least(lanes<C>, c + n - j);
       typename Base::Sums sums = {};

@@ -26,6 +26,9 @@ struct Adapter {
 // Rows that a thread works on at once: enough to reuse a panel, few enough for the block to stay in the second-level cache.
 constexpr int64_t max_rows = 128;
 
+// Columns that a thread works on at once where threads share the columns.
+constexpr int64_t strip_width = 256;
+
 template <class C>
 FA_INLINE int64_t block_rows(const Problem& p) {
   const int64_t bytes = (p.backward ? 2 : 1) * p.d * static_cast<int64_t>(sizeof(C));
@@ -41,7 +44,7 @@ struct Scratch {
 
 template <class C>
 struct Partial {
-  C *up, *down;                   // d x r, padded columns: G.T @ a and xhat.T @ grad_z; by columns they never lie here
+  C *up, *down;                   // r x d: a.T @ G and grad_z.T @ xhat, rows product_stride apart; by columns they never lie here
   C *sum_g, *skip;                // (d,)
   C *down_bias, *hidden_skip;     // (r,)
 };
@@ -99,15 +102,13 @@ struct Types {
     return s;
   }
 
-  // The products in a partial have a row a column of x, with an entry a hidden value, rather than the reverse.
-  static constexpr bool rank_rows = false;
-  static FA_INLINE int64_t product_stride(const Problem& p) { return padded<C>(p.r); }
+  static FA_INLINE int64_t product_stride(const Problem& p) { return p.by_columns ? strip_width : padded<C>(p.d); }
 
   static FA_INLINE Partial<C> partial(const Problem& p, Arena& arena) {
     Partial<C> q = {};
     const int64_t r = padded<C>(p.r), d = padded<C>(p.d);
-    if (needs_up_product(p) && !p.by_columns) q.up = arena.take<C>(p.d * r);
-    if (needs_down_product(p) && !p.by_columns) q.down = arena.take<C>(p.d * r);
+    if (needs_up_product(p) && !p.by_columns) q.up = arena.take<C>(p.r * d);
+    if (needs_down_product(p) && !p.by_columns) q.down = arena.take<C>(p.r * d);
     if (p.wants[grad_up_bias] || p.wants[grad_scale]) q.sum_g = arena.take<C>(d);
     if (p.wants[grad_skip]) q.skip = arena.take<C>(d);
     q.down_bias = arena.take<C>(r);

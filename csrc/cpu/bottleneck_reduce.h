@@ -74,15 +74,11 @@ struct Reduce : P {
     return v;
   }
 
-  // The block of a weight gradient at column c and hidden index j, in the order in which the partials hold it.
+  // The block of a weight gradient at column c and hidden index j, with a vector for each hidden index.
   template <class R, class Member>
-  static FA_INLINE void products(const Problem& p, const R& run, Member member, int64_t c, int64_t count, int64_t j,
-                                 Vec<C> (&v)[lanes<C>]) {
+  static FA_INLINE void products(const Problem& p, const R& run, Member member, int64_t c, int64_t j, Vec<C> (&v)[lanes<C>]) {
     const int64_t ld = Base::product_stride(p);
-    if (Base::rank_rows)
-      totals(p, run, member, j * ld + c, least(lanes<C>, p.r - j), ld, v);
-    else
-      totals(p, run, member, c * ld + j, count, ld, v);
+    totals(p, run, member, j * ld + c, least(lanes<C>, p.r - j), ld, v);
   }
 
   // Rows [c, c + count) of the up weight: grad_Wu = scale * P, grad_bu = scale * S, and their share of grad_scale.
@@ -98,8 +94,8 @@ struct Reduce : P {
     Vec<C> dots[lanes<C>] = {};
     for (int64_t j = 0; j < p.r; j += lanes<C>) {
       Vec<C> v[lanes<C>];
-      products(p, run, &Partial<C>::up, c, count, j, v);
-      if (Base::rank_rows) transpose<C>(v);
+      products(p, run, &Partial<C>::up, c, j, v);
+      transpose<C>(v);
       W* out = static_cast<W*>(p.grads[grad_up]) + (id * p.d + c) * p.r;
       if (p.wants[grad_up])
         for_lanes(count, [&](int64_t t) FA_FORCED { store_at<C>(out + t * p.r, j, p.r - j, v[t] * scale[t]); });
@@ -118,10 +114,7 @@ struct Reduce : P {
     for (int64_t j0 = 0; j0 < p.r; j0 += lanes<C>) {
       const Vec<C> bias = total(p, run, &Partial<C>::down_bias, j0);
       Vec<C> v[lanes<C>] = {};
-      if (needs_down_product(p)) {
-        products(p, run, &Partial<C>::down, c, count, j0, v);
-        if (!Base::rank_rows) transpose<C>(v);
-      }
+      if (needs_down_product(p)) products(p, run, &Partial<C>::down, c, j0, v);
       W* out = static_cast<W*>(p.grads[grad_down]) + (id * p.r + j0) * p.d;
       const int64_t rows = least(lanes<C>, p.r - j0);
       if (p.wants[grad_down] && !common.norm_weight)

@@ -70,12 +70,13 @@ void copy_rows(const T* const* rows, int64_t n, int64_t d, int64_t step, C* out,
     for (int64_t j = 0; j < d; j += lanes<C>) store(out + i * ld + j, load_at<C>(rows[i], j, d - j, step));
 }
 
-// The rows in place if they are evenly spaced and of the compute type, otherwise a copy of the block in scratch.
+// The rows in place if they are evenly spaced and of the compute type, otherwise a copy of the block in scratch. With `whole`,
+// vectors may be read beyond column d: then only rows that end with one stay in place.
 template <class T, class C>
-FA_INLINE Operand<C> operand(const T* const* rows, int64_t n, int64_t d, int64_t step, C* scratch) {
+FA_INLINE Operand<C> operand(const T* const* rows, int64_t n, int64_t d, int64_t step, C* scratch, bool whole = false) {
   if constexpr (sizeof(T) == sizeof(C)) {
     const int64_t ld = n > 1 ? rows[1] - rows[0] : d;
-    bool even = step == 1;
+    bool even = step == 1 && !(whole && d % lanes<C>);
     for (int64_t i = 1; even && i < n; ++i) even = rows[i] - rows[i - 1] == ld;
     if (even) return {rows[0], ld};
   }
@@ -229,7 +230,7 @@ struct Pass : Types<T, W> {
   }
 
   static FA_INLINE Operand<C> left(const Problem& p, const Block<T>& b, const Scratch<C>& s) {
-    return s.rstd ? normalize(b.x, b.n, p.d, p.x.step, p.norm_eps, s.x, s.rstd) : operand(b.x, b.n, p.d, p.x.step, s.x);
+    return s.rstd ? normalize(b.x, b.n, p.d, p.x.step, p.norm_eps, s.x, s.rstd) : operand(b.x, b.n, p.d, p.x.step, s.x, p.backward);
   }
 
   static void forward(const Problem& p, void* shared_memory, void* thread_memory, const Segment& seg) {
@@ -325,7 +326,7 @@ struct Pass : Types<T, W> {
     for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
       const bool more = begin > seg.begin;
       locate(p, begin, least(block, seg.end - begin), b);
-      const Operand<C> g = operand(b.grad_y, b.n, p.d, p.grad_y.step, s.grad_y);
+      const Operand<C> g = operand(b.grad_y, b.n, p.d, p.grad_y.step, s.grad_y, true);
       Operand<C> x = {};
       if (needs_hidden(p)) {
         x = left(p, b, s);
@@ -334,8 +335,8 @@ struct Pass : Types<T, W> {
         hidden_gradients(p, b.n, s, c.hidden_skip, q);
       }
       if (q.sum_g || q.skip) column_sums(p, b, g, q, 0, p.d);
-      if (q.up) gemm_transposed(p.d, b.n, p.r, g.data, g.ld, s.a, width, more, q.up, width);
-      if (q.down) gemm_transposed(p.d, b.n, p.r, x.data, x.ld, s.grad_a, width, more, q.down, width);
+      if (q.up) gemm_transposed(p.r, b.n, p.d, s.a, width, g.data, g.ld, more, q.up, padded<C>(p.d));
+      if (q.down) gemm_transposed(p.r, b.n, p.d, s.grad_a, width, x.data, x.ld, more, q.down, padded<C>(p.d));
       if (p.wants[grad_x]) {
         if (s.rstd) norm_means(p, b.n, s, a);
         gemm_epilogue(b.n, p.r, p.d, s.grad_a, width, a.down_back, static_cast<const C*>(nullptr),

@@ -189,8 +189,8 @@ void gemm(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* 
   } while (k0 < k);
 }
 
-// c (columns x n, padded rows) += a^T * b, where a is rows x columns in place and b is rows x padded(n) in scratch: the shape
-// of a weight gradient. Without accumulate c is overwritten.
+// c (columns x n, padded rows) += a^T * b, where a is rows x columns and b is rows x padded(n): the shape of a weight gradient.
+// Without accumulate c is overwritten.
 template <class C>
 void gemm_transposed(int64_t columns, int64_t rows, int64_t n, const C* a, int64_t lda, const C* b, int64_t ldb,
                      bool accumulate, C* c, int64_t ldc) {
