@@ -1,4 +1,4 @@
-// Checks of csrc/cpu/gemm.h and simd.h without PyTorch, and the rate of the micro-kernel. The instruction set is chosen by
+// Checks of csrc/cpu/gemm.h, narrow.h and simd.h without PyTorch, and the rate of the micro-kernel. The instruction set is chosen by
 // macros: FA_LANES, and USE_AVX512 or USE_AVX2. Prints one line a failure, or with the argument "rate" GFLOP/s on one core.
 #include <chrono>
 #include <cmath>
@@ -16,7 +16,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define FA_TARGET tested
-#include "../csrc/cpu/gemm.h"
+#include "../csrc/cpu/narrow.h"
 
 using namespace fastadapt;
 namespace t = fastadapt::tested;
@@ -67,6 +67,12 @@ static void check_products(int64_t m, int64_t k, int64_t n, bool k_contiguous) {
   t::pack(source, packed.data(), units / 2, units);
   t::gemm(m, k, n, a.data(), lda, packed.data(), start.data(), false, c.data(), ldc);
   t::gemm_epilogue(m, k, n, a.data(), lda, packed.data(), start.data(), Store<C>{y.data(), n, n});
+  const bool narrow = t::is_narrow(n);
+  std::vector<C> columns(narrow ? t::narrow_size<C>(k) : 0), d(m * ldc, 7);
+  if (narrow) {
+    t::pack_narrow(source, columns.data());
+    t::gemm_narrow(m, k, a.data(), lda, columns.data(), start.data(), d.data(), ldc);
+  }
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       double want = start[j], size = std::abs(want);
@@ -77,6 +83,7 @@ static void check_products(int64_t m, int64_t k, int64_t n, bool k_contiguous) {
       }
       expect(near<C>(c[i * ldc + j], want, size, k), "gemm", m, k, n, c[i * ldc + j] - want);
       expect(near<C>(y[i * n + j], want, size, k), "gemm_epilogue", m, k, n, y[i * n + j] - want);
+      if (narrow) expect(near<C>(d[i * ldc + j], want, size, k), "gemm_narrow", m, k, n, d[i * ldc + j] - want);
     }
   expect(y[m * n] == 7, "gemm_epilogue wrote past the end", m, k, n);
   for (bool more : {false, true}) t::gemm_transposed(k, m, n, a.data(), lda, c.data(), ldc, more, g.data(), ldc);
@@ -148,8 +155,8 @@ int main(int argc, char**) {
     return 0;
   }
   for (int64_t m : {1, 2, 7, 13, 31, 50})
-    for (int64_t k : {1, 5, 16, 33, 129, 300})
-      for (int64_t n : {1, 7, 8, 16, 17, 33, 48, 64, 100}) {
+    for (int64_t k : {1, 5, 16, 33, 129, 300, 1100})
+      for (int64_t n : {1, 4, 7, 8, 16, 17, 33, 48, 64, 100}) {
         check_products<float>(m, k, n, m % 2);
         check_products<double>(m, k, n, m % 2 == 0);
       }

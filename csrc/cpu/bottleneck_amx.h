@@ -346,11 +346,9 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
       whole.sums.down = s.down - c;
       whole.sums.skip = s.skip - c;
       whole.sums.down_bias = s.down_bias;
-      for (int64_t j = 0; j < width; j += lanes<C>)
-        Base::columns(p, whole, common, id, c + j, least(lanes<C>, width - j), sums[j / lanes<C>]);
+      Base::columns(p, whole, common, id, c, width, sums);
     }
-    for (int64_t j = 0; j < width; j += lanes<C>)
-      Base::write_sums(p, sums[j / lanes<C>], c + j, least(lanes<C>, width - j));
+    Base::write_sums(p, sums, c, width);
   }
 
   // f(first column, number of columns) for the share `part` of `parts`.

@@ -237,12 +237,9 @@ struct Columns : Reduce<T, W> {
     typename Base::Whole whole = {q};
     if (l.up) whole.sums.up = l.up - c;
     if (l.down) whole.sums.down = l.down - c;
-    for (int64_t j = c; j < c + n; j += lanes<C>) {
-      const int64_t count = least(lanes<C>, c + n - j);
-      typename Base::Sums sums = {};
-      Base::columns(p, whole, s.common, 0, j, count, sums);
-      Base::write_sums(p, sums, j, count);
-    }
+    typename Base::Sums sums[strip_width / lanes<C>] = {};
+    Base::columns(p, whole, s.common, 0, c, n, sums);
+    Base::write_sums(p, sums, c, n);
   }
 
   // Columns [c, c + n) of a right operand with r rows.

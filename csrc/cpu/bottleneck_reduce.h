@@ -57,16 +57,7 @@ struct Reduce : P {
     }
   }
 
-  // Sums `rows` rows, ld apart, of one member of the partials over the segments of the run.
-  template <class R, class Member>
-  static FA_INLINE void totals(const Problem& p, const R& run, Member member, int64_t at, int64_t rows, int64_t ld,
-                               Vec<C> (&v)[lanes<C>]) {
-    for (int64_t t = 0; t < lanes<C>; ++t) v[t] = Vec<C>{};
-    for (int64_t s = run.first; s < run.last; ++s) {
-      const C* from = run(p, s).*member + at;
-      for_lanes(rows, [&](int64_t t) FA_FORCED { v[t] += load<C>(from + t * ld); });
-    }
-  }
+  // One vector of a member of the partials, summed over the segments of the run.
   template <class R, class Member>
   static FA_INLINE Vec<C> total(const Problem& p, const R& run, Member member, int64_t at) {
     Vec<C> v = {};
@@ -74,11 +65,15 @@ struct Reduce : P {
     return v;
   }
 
-  // The block of a weight gradient at column c and hidden index j, with a vector for each hidden index.
-  template <class R, class Member>
-  static FA_INLINE void products(const Problem& p, const R& run, Member member, int64_t c, int64_t j, Vec<C> (&v)[lanes<C>]) {
+  // The block of P at column c and hidden index j: a vector for each hidden index.
+  template <class R>
+  static void up_products(const Problem& p, const R& run, int64_t c, int64_t j, Vec<C> (&v)[lanes<C>]) {
     const int64_t ld = Base::product_stride(p);
-    totals(p, run, member, j * ld + c, least(lanes<C>, p.r - j), ld, v);
+    for (int64_t t = 0; t < lanes<C>; ++t) v[t] = Vec<C>{};
+    for (int64_t s = run.first; s < run.last; ++s) {
+      const C* from = run(p, s).up + j * ld + c;
+      for_lanes(least(lanes<C>, p.r - j), [&](int64_t t) FA_FORCED { v[t] += load<C>(from + t * ld); });
+    }
   }
 
   // Rows [c, c + count) of the up weight: grad_Wu = scale * P, grad_bu = scale * S, and their share of grad_scale.
@@ -94,7 +89,7 @@ struct Reduce : P {
     Vec<C> dots[lanes<C>] = {};
     for (int64_t j = 0; j < p.r; j += lanes<C>) {
       Vec<C> v[lanes<C>];
-      products(p, run, &Partial<C>::up, c, j, v);
+      up_products(p, run, c, j, v);
       transpose<C>(v);
       W* out = static_cast<W*>(p.grads[grad_up]) + (id * p.d + c) * p.r;
       if (p.wants[grad_up])
@@ -107,60 +102,53 @@ struct Reduce : P {
       for (int64_t t = 0; t < count; ++t) sums.scale[t] += sum<C>(dots[t]);
   }
 
-  // Columns [c, c + count) of the down weight: grad_Wd = Q * norm_weight + outer(grad_bd, norm_bias), and the norm's gradients.
+  // Columns [c, c + width) of the down weight: grad_Wd = Q * norm_weight + outer(grad_bd, norm_bias), and the norm's gradients.
   template <class R>
-  static void down_columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t count,
-                           Sums& sums) {
-    for (int64_t j0 = 0; j0 < p.r; j0 += lanes<C>) {
-      const Vec<C> bias = total(p, run, &Partial<C>::down_bias, j0);
-      Vec<C> v[lanes<C>] = {};
-      if (needs_down_product(p)) products(p, run, &Partial<C>::down, c, j0, v);
-      W* out = static_cast<W*>(p.grads[grad_down]) + (id * p.r + j0) * p.d;
-      const int64_t rows = least(lanes<C>, p.r - j0);
-      if (p.wants[grad_down] && !common.norm_weight)
-        for_lanes(rows, [&](int64_t t) FA_FORCED { store_at<C>(out + t * p.d, c, p.d - c, v[t]); });
-      for (int64_t t = 0; t < rows && common.norm_weight; ++t) {
-        if (p.wants[grad_down]) {
-          Vec<C> grad = v[t] * load<C>(common.norm_weight + c);
-          if (common.norm_bias) grad += bias[t] * load<C>(common.norm_bias + c);
-          store_at<C>(out + t * p.d, c, p.d - c, grad);
-        }
+  static void down_columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t width,
+                           Sums* sums) {
+    const int64_t ld = Base::product_stride(p), vectors = ceil_div(width, lanes<C>);
+    for (int64_t j = 0; j < p.r; ++j) {
+      Vec<C> product[strip_width / lanes<C>] = {};
+      C bias = 0;
+      for (int64_t s = run.first; s < run.last; ++s) {
+        const Partial<C> q = run(p, s);
+        bias += q.down_bias[j];
+        for (int64_t v = 0; v < vectors && q.down; ++v) product[v] += load<C>(q.down + j * ld + c + v * lanes<C>);
+      }
+      W* out = static_cast<W*>(p.grads[grad_down]) + (id * p.r + j) * p.d;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = c + v * lanes<C>;
+        Vec<C> grad = product[v];
+        if (common.norm_weight) grad *= load<C>(common.norm_weight + at);
+        if (common.norm_bias) grad += bias * load<C>(common.norm_bias + at);
+        if (p.wants[grad_down]) store_at<C>(out, at, p.d - at, grad);
         if (!p.wants[grad_norm_weight] && !p.wants[grad_norm_bias]) continue;
-        const Vec<C> weight = load_at<C>(Base::element(p.down, id, j0 + t, 0), c, p.d - c, p.down.stride_1);
-        sums.norm_weight += weight * v[t];
-        sums.norm_bias += weight * bias[t];
+        const Vec<C> weight = load_at<C>(Base::element(p.down, id, j, 0), at, p.d - at, p.down.stride_1);
+        sums[v].norm_weight += weight * product[v];
+        sums[v].norm_bias += weight * bias;
       }
     }
   }
 
-  // All of that for one adapter.
+  // The gradients of one adapter in columns [c, c + width), at most a strip.
   template <class R>
-  static void columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t count, Sums& s) {
-    if (needs_up_product(p) || p.wants[grad_up_bias]) up_rows(p, run, common, id, c, count, s);
-    if (needs_down_product(p) || p.wants[grad_norm_bias]) down_columns(p, run, common, id, c, count, s);
-    if (p.wants[grad_skip]) s.skip += total(p, run, &Partial<C>::skip, c);
+  static void columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t width, Sums* sums) {
+    for (int64_t j = 0; j < width; j += lanes<C>) {
+      Sums& s = sums[j / lanes<C>];
+      if (needs_up_product(p) || p.wants[grad_up_bias]) up_rows(p, run, common, id, c + j, least(lanes<C>, width - j), s);
+      if (p.wants[grad_skip]) s.skip += total(p, run, &Partial<C>::skip, c + j);
+    }
+    if (needs_down_product(p) || p.wants[grad_norm_bias]) down_columns(p, run, common, id, c, width, sums);
   }
 
-  static void write_sums(const Problem& p, const Sums& s, int64_t c, int64_t count) {
-    if (p.wants[grad_scale]) store_at<C>(static_cast<C*>(p.scale_columns), c, count, s.scale);
-    if (p.wants[grad_scale] && p.scale.stride) write(p.scale, p.grads[grad_scale], c, s.scale, count);
-    if (p.wants[grad_norm_weight]) write(p.norm_weight, p.grads[grad_norm_weight], c, s.norm_weight, count);
-    if (p.wants[grad_norm_bias]) write(p.norm_bias, p.grads[grad_norm_bias], c, s.norm_bias, count);
-    if (p.wants[grad_skip]) write(p.skip, p.grads[grad_skip], c, s.skip, count);
-  }
-
-  // Blocks [first, last) of a vector of columns.
-  static void reduce_blocks(const Problem& p, const Common<C>& common, const Segment* segments, int64_t count, void* partials,
-                            int64_t bytes, int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t c = block * lanes<C>, n = least(lanes<C>, p.d - c);
-      Sums s = {};
-      Run run = {segments, static_cast<char*>(partials), 0, 0, bytes};
-      for (int64_t id = 0; id < p.g; ++id) {
-        run.next(count, id);
-        columns(p, run, common, id, c, n, s);
-      }
-      write_sums(p, s, c, n);
+  static void write_sums(const Problem& p, const Sums* sums, int64_t c, int64_t width) {
+    for (int64_t j = 0; j < width; j += lanes<C>, ++sums) {
+      const int64_t at = c + j, count = least(lanes<C>, width - j);
+      if (p.wants[grad_scale]) store_at<C>(static_cast<C*>(p.scale_columns), at, count, sums->scale);
+      if (p.wants[grad_scale] && p.scale.stride) write(p.scale, p.grads[grad_scale], at, sums->scale, count);
+      if (p.wants[grad_norm_weight]) write(p.norm_weight, p.grads[grad_norm_weight], at, sums->norm_weight, count);
+      if (p.wants[grad_norm_bias]) write(p.norm_bias, p.grads[grad_norm_bias], at, sums->norm_bias, count);
+      if (p.wants[grad_skip]) write(p.skip, p.grads[grad_skip], at, sums->skip, count);
     }
   }
 
@@ -169,9 +157,17 @@ struct Reduce : P {
                      int64_t part, int64_t parts) {
     Arena shared(shared_memory);
     const Common<C> common = Base::common(p, shared);
-    const int64_t blocks = ceil_div(p.d, lanes<C>);
-    reduce_blocks(p, common, segments, count, partials, Base::sizes(p).partial, blocks * part / parts,
-                  blocks * (part + 1) / parts);
+    const int64_t blocks = ceil_div(p.d, lanes<C>), end = least(p.d, blocks * (part + 1) / parts * lanes<C>);
+    for (int64_t c = blocks * part / parts * lanes<C>; c < end; c += strip_width) {
+      const int64_t width = least(strip_width, end - c);
+      Sums sums[strip_width / lanes<C>] = {};
+      Run run = {segments, static_cast<char*>(partials), 0, 0, Base::sizes(p).partial};
+      for (int64_t id = 0; id < p.g; ++id) {
+        run.next(count, id);
+        columns(p, run, common, id, c, width, sums);
+      }
+      write_sums(p, sums, c, width);
+    }
   }
 
   // The gradients that don't have a column: of the hidden vectors, and of a scale that is one number.
