@@ -34,11 +34,12 @@ class Compiled:
     case: Case
     dtype: torch.dtype
     quick: tuple[int | str, ...] = ()  # as in gpuless.offline.CHIPS
+    precision: str = "ieee"  # of float32 products, as in torch.backends
     aligned: bool = True  # rows begin at multiples of 16 bytes, so that tiles can be loaded 16 bytes at a time
 
     @property
     def name(self) -> str:
-        return f"{self.case.name} {str(self.dtype)[6:]}"
+        return f"{self.case.name} {str(self.dtype)[6:] if self.precision == 'ieee' else self.precision}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The first call of a dtype and rank goes through all tiles of the tables it meets; the other calls are compiled as launched.
 """
 
+import contextlib
 import math
 import re
 from typing import NamedTuple
@@ -30,12 +31,23 @@ class Build(NamedTuple):
     wide: bool
 
 
+@contextlib.contextmanager
+def float32_products(precision):
+    """Inside, PyTorch's setting for products of float32 on CUDA is ``precision``."""
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def launches(spec, call, chip, place=None):
     """What a forward and a backward launch on ``chip`` when every gradient is wanted, and the entries of the tables used."""
     arguments = call.case.make(call.dtype, "meta")
     args = spec.leaf_args(arguments)
     wanted = [isinstance(arguments.get(name), torch.Tensor) for name in spec.bwd_outputs]
-    with target(chip), taken(place) as entries, captured() as found:
+    with target(chip), float32_products(call.precision), taken(place) as entries, captured() as found:
         y = spec.fwd.launcher(*args)
         spec.bwd.launcher(*spec.bwd_leaf_args(torch.empty_like(y), args, wanted))
     return found, entries
@@ -96,9 +108,7 @@ def faults(build: Build, chip: str) -> list[str]:
     return [f"{chip} {build.name}: {fault}" for fault, present in found.items() if present]
 
 
-def rows(found: list[Build]) -> dict:
-    """What the budgets record of the builds."""
-    return {
-        build.name: {"registers": build.machine.registers, "shared": build.machine.shared, "products": build.machine.products}
-        for build in found
-    }
+def row(machine: Machine) -> dict:
+    """What the budgets record of a kernel; ``narrow``: percent of the loaded bytes that don't come in pieces of 16, in tens."""
+    narrow = round(10 - machine.wide / 10) * 10
+    return {"registers": machine.registers, "shared": machine.shared, "narrow": narrow, "products": machine.products}

@@ -163,9 +163,9 @@ def leaf_args(arguments):
     return bottleneck.arguments(*(arguments.get(name, defaults.get(name)) for name in names))
 
 
-def compiled(dtype, shape, r, quick=(), aligned=True, **options):
+def compiled(dtype, shape, r, quick=(), precision="ieee", aligned=True, **options):
     name = options.pop("name", f"m{shape[0]}-d{shape[1]}-r{r}")
-    return Compiled(case(name, shape=shape, r=r, **options), dtype, quick, aligned)
+    return Compiled(case(name, shape=shape, r=r, **options), dtype, quick, precision, aligned)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -173,7 +173,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPILED = (
     compiled(BF16, (4096, 768), 16, g=5, ids=[0] * 4096, activation="gelu_tanh", name="bank-r16", quick=(90,)),
     compiled(FP16, (4096, 1024), 32, **EVERYTHING),
-    compiled(BF16, (16384, 768), 64, **EVERYTHING, parameters=FP32, quick=(80, 90, 100, "gfx942")),
+    compiled(BF16, (16384, 768), 64, **EVERYTHING, parameters=FP32, quick=(90, 100, "gfx942")),
     compiled(FP16, (4096, 2048), 128, **EVERYTHING, parameters=FP32),
     compiled(BF16, (4096, 4096), 256, **EVERYTHING, quick=(80, 86)),
     compiled(FP32, (4096, 768), 16),
@@ -181,6 +181,8 @@ COMPILED = (
     compiled(FP32, (4096, 768), 64, **EVERYTHING, quick=(80,)),
     compiled(FP32, (4096, 768), 128, activation="gelu_tanh"),
     compiled(FP32, (4096, 768), 256, **EVERYTHING, quick=(120,)),
+    compiled(FP32, (16384, 768), 64, **EVERYTHING, precision="tf32"),
+    compiled(FP32, (4096, 768), 256, **EVERYTHING, precision="tf32"),
     compiled(BF16, (16384, 1024), 64, name="plain-r64", quick=(89,)),
     compiled(FP16, (17, 769), 7, activation="tanh", aligned=False),
 )
