@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from .battery import TELLING
 from .gpu import test_device as checks
 from .specs import SPECS
-from .test_ops import TELLING
 
 if checks.DEVICE != "cpu":
     pytest.skip("the planted errors are calls on the CPU", allow_module_level=True)

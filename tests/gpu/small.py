@@ -7,8 +7,8 @@ import sys
 
 import torch
 
+from ..battery import BACKENDS, TELLING, run
 from ..specs import SPECS
-from ..test_ops import BACKENDS, TELLING, run
 from .device import moved
 
 

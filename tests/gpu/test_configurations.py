@@ -2,10 +2,10 @@
 
 import pytest
 
+from ..battery import BACKENDS, DEVICE, check
 from ..gpuless import offline_gate
 from ..gpuless.configurations import taken
 from ..specs import SPECS
-from ..test_ops import BACKENDS, DEVICE, check
 
 
 def configurations():
