@@ -10,7 +10,7 @@ from fastadapt.ops.bottleneck import _launch_bwd
 
 from .gpuless import budgets, cuda_budget, offline, offline_gate
 from .gpuless.configurations import entries
-from .gpuless.offline_machine import unfenced
+from .gpuless.offline_machine import local_in_loops, unfenced
 from .specs import SPECS
 from .specs.bottleneck import EVERYTHING, SPEC, make
 
@@ -137,6 +137,11 @@ def test_finds_a_branch_back_past_the_fence():
     """The fence stands before the loop, the write behind the product at its end."""
     loop = "st.shared.b32 [%r1], %r2;\nfence.proxy.async;\n$L1:\nwgmma.mma_async x;\n{}\n@%p1 bra $L1;\nret;"
     assert unfenced(loop.format("st.shared.b32 [%r1], %r2;")) and not unfenced(loop.format("ld.shared.b32 %r2, [%r1];"))
+
+
+def test_a_spill_around_a_loop_is_none_in_it():
+    code = "/*0010*/ STL [R1], R2 ;\n/*0020*/ {} ;\n/*0030*/ @P0 BRA 0x20 ;\n/*0040*/ LDL.LU R2, [R1] ;\n/*0050*/ BRA 0x50 ;"
+    assert local_in_loops(code.format("LDL R3, [R1]")) == 1 and local_in_loops(code.format("LDS R3, [R1]")) == 0
 
 
 def test_a_budget_is_kept():
