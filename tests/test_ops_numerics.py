@@ -123,7 +123,7 @@ def test_fuzz(op, backend, data):
 
 @pytest.mark.slow
 @calls
-@examples(300 if INTERPRET else 1500)
+@examples(150 if INTERPRET else 500)
 @hypothesis.given(data=st.data())
 def test_long_fuzz(op, backend, data):
     fuzz(op, backend, data)
