@@ -55,7 +55,8 @@ def test_inputs_are_left_alone(spec, backend, case, dtype):
 
 @over("everything", "bank-with-everything", dtypes=FEW[-1:])
 def test_frozen_arguments_change_no_bit(spec, backend, case, dtype):
-    numerics.frozen_arguments_change_no_bit(spec, backend, case, dtype, every=not INTERPRET)
+    # Triton compiles, or interprets, a kernel for each subset.
+    numerics.frozen_arguments_change_no_bit(spec, backend, case, dtype, every=backend == "native")
 
 
 @over(*TELLING, dtypes=FEW)
