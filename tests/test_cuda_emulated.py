@@ -6,7 +6,6 @@ Once in this process, where their numbers are checked, and once in a process of 
 import functools
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -93,23 +92,8 @@ def test_no_schedule_changes_a_bit(emulate, op, case, dtype):
 # --- under sanitizers ------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def unusable(sanitizer):
-    """Why the sanitizer can't be used here, or an empty string: a kernel under it must end well before any is checked."""
-    source = "#include <thread>\nint main() { std::thread([] {}).join(); }\n"
-    folder = stable.builder(sanitizer).folder
-    (folder / "probe.cpp").write_text(source)
-    built = folder / "probe"
-    command = ["g++", "-pthread", *stable.SANITIZERS[sanitizer], folder / "probe.cpp", "-o", built]
-    for step in (command, [*stable.fixed_addresses(), built]):
-        done = subprocess.run(step, capture_output=True, text=True)
-        if done.returncode:
-            return f"-fsanitize={sanitizer} doesn't work here: {done.stderr[:200]}"
-    return ""
-
-
 def sanitized(sanitizer, op, sources=CUDA):
-    if reason := unusable(sanitizer):
+    if reason := stable.unusable(sanitizer):
         pytest.skip(reason)
     return program(op, sanitizer, sources)
 

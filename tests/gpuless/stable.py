@@ -133,8 +133,21 @@ class Program:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, errors="replace")
             if done.returncode:
                 raise RuntimeError(f"{leaf}: the program ended with {done.returncode}\n{done.stderr[:4000]}")
-            self.parallel_regions += int(done.stdout.rpartition(":")[2])
+            self.parallel_regions += int(done.stdout.rpartition(":")[2])  # of stable_runtime.h
             return list(decode(result.read_bytes()))
+
+
+@functools.cache
+def unusable(sanitizer: str) -> str:
+    """Why programs under the sanitizer don't run here, or an empty string."""
+    folder = builder(sanitizer).folder
+    (folder / "probe.cpp").write_text("#include <thread>\nint main() { std::thread([] {}).join(); }\n")
+    command = ["g++", "-pthread", *SANITIZERS[sanitizer], folder / "probe.cpp", "-o", folder / "probe"]
+    for step in (command, [*fixed_addresses(), folder / "probe"]):
+        done = subprocess.run(step, capture_output=True, text=True)
+        if done.returncode:
+            return f"-fsanitize={sanitizer} doesn't work here: {done.stderr[:200]}"
+    return ""
 
 
 def fixed_addresses() -> list[str]:
