@@ -24,6 +24,11 @@ def drawn(spec, case, dtype):
     return arguments, torch.randn(arguments[spec.activations[0]].shape, device=DEVICE).to(dtype)
 
 
+def wide(spec):
+    """The cases with enough elements for the rounding model in a few draws."""
+    return [case for case in spec.cases if case.make(torch.float32, "meta")[spec.activations[0]].numel() > 100]
+
+
 def rounds_where_documented(spec, backend, case, dtype, unit=None, elements=4000):
     """At most 1 % of the elements differ from the rounding model's, by at most 2 units in the last place.
 

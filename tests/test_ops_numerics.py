@@ -24,10 +24,9 @@ def test_rounds_where_the_docstring_says(spec, backend, case, dtype):
 
 
 @pytest.mark.slow
-@over(dtypes=NARROW)
+@over(cases=numerics.wide, dtypes=NARROW)
 def test_every_case_rounds_where_the_docstring_says(spec, backend, case, dtype):
-    if case.make(dtype, "meta")[spec.activations[0]].numel() > 100:  # fewer elements would need many draws
-        numerics.rounds_where_documented(spec, backend, case, dtype, elements=4000 if INTERPRET else 20_000)
+    numerics.rounds_where_documented(spec, backend, case, dtype, elements=4000 if INTERPRET else 20_000)
 
 
 @over(cases=lambda spec: spec.numerics.exact)
