@@ -44,7 +44,7 @@ def pytest(*arguments):
 
 def workers() -> list[str]:
     """Side by side where pytest-xdist is there: the battery waits for the compiler most of the time."""
-    return ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    return ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
 
 def check(name: str):
