@@ -39,9 +39,15 @@ def emulate(monkeypatch):
 
 
 def over(cases, *dtypes):
-    name = lambda v: v if isinstance(v, str) else str(v)[6:] if isinstance(v, torch.dtype) else v.name  # noqa: E731
-    parameters = [(op, case, dtype) for op in OPS for case in cases(SPECS[op]) for dtype in dtypes]
-    return pytest.mark.parametrize("op, case, dtype", parameters, ids=lambda v: name(v))
+    """Parametrize a test. The larger sizes can wait, and what float16 adds to bfloat16 the telling cases show."""
+    parameters = [
+        pytest.param(op, case, dtype, id=f"{op}-{case.name}-{str(dtype)[6:]}", marks=pytest.mark.slow if slow else ())
+        for op in OPS
+        for case in cases(SPECS[op])
+        for dtype in dtypes
+        for slow in [case in SPECS[op].tiled or (dtype == torch.float16 and case.name not in TELLING)]
+    ]
+    return pytest.mark.parametrize("op, case, dtype", parameters)
 
 
 def all_cases(spec):

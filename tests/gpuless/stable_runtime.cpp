@@ -128,7 +128,7 @@ std::vector<AtenTensorOpaque> call(const std::string& leaf, std::vector<StableIV
     std::unique_ptr<AtenTensorOpaque> t(as<AtenTensorOpaque*>(stack[i]));
     int64_t stride = 1;
     for (size_t d = t->sizes.size(); d-- > 0; stride *= t->sizes[d])
-      if (t->sizes[d] > 1 && t->strides[d] != stride) throw std::runtime_error(leaf + ": an output is not contiguous");
+      if (span(*t) && t->sizes[d] > 1 && t->strides[d] != stride) throw std::runtime_error(leaf + ": an output is not contiguous");
     out.push_back(*t);
   }
   return out;
