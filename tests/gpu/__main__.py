@@ -100,7 +100,7 @@ def sections(folder: Path, device: str) -> list[list[Section]]:
         [Section("battery-native", pytest(*battery, *workers(), "-k", "not triton"), 150, True, refusal)],
         # Not the fuzzing, since each size compiles anew.
         [Section("battery-triton", pytest(*battery, *workers(), "-k", "triton and not fuzz"), 200, True, refusal)],
-        [Section("modules", pytest(*modules, *workers()), 60, True, refusal)],
+        [Section("modules", pytest(*modules, *workers()), 100, True, refusal)],
         [Section(name, check(name), limit, True) for name, limit in CHECKS.items()],
         [Section(tool, sanitizer(tool), 90, False, missing, alone) for tool in SANITIZERS],
         [Section("overhead", always(PYTHON, "-m", "benchmarks.run", "--overhead"), 40, refusal=refusal)],
