@@ -9,7 +9,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
 INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%.py) tests/test_strict_interpreter*.py)
 
-.PHONY: demo test verify lint bench gpu budgets clean
+.PHONY: demo test verify mutants lint bench gpu budgets clean
 
 demo: $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
@@ -22,6 +22,11 @@ test: lint $(VENV)/.native
 verify: lint $(VENV)/.native
 	python -m pytest tests -m "slow or not slow"
 	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED) -m "slow or not slow"
+	$(MAKE) mutants
+
+# Plants errors in the kernels; fails if a check doesn't see one.
+mutants: $(VENV)/.test,demo,peers $(VENV)/.native
+	python -m tests.mutants.run
 
 lint: $(VENV)/.test,demo,peers
 	ruff check .

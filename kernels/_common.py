@@ -99,10 +99,11 @@ def moments(x_ptr, offsets, inside, stride_d, width, d, eps, BLOCK_M: tl.constex
         seen = (start + tl.zeros((1,), tl.int32)).to(tl.float32)
         n = tl.minimum(d - seen, BLOCK_D * 1.0)
         tile_mean = tl.sum(tile, 1) / n
-        gap = tl.where(mask, tile - tile_mean[:, None], 0.0)
+        gap = tile - tile_mean[:, None]
         delta = tile_mean - mean
         mean += delta * (n / (seen + n))
-        squares += tl.sum(gap * gap, 1) + delta * delta * (seen * n / (seen + n))
+        # Masked last: a product fused with the sum over lanes would round differently in each lane of a row.
+        squares += tl.sum(tl.where(mask, gap * gap, 0.0), 1) + delta * delta * (seen * n / (seen + n))
     return mean, tl.rsqrt(squares / d + eps)
 
 

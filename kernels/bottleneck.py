@@ -115,17 +115,21 @@ def bottleneck_fwd_kernel(
         tl.store(y_ptr + (rows * d)[:, None] + cols[None, :], (base + y).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _stages(x, tile_bytes):
-    """How many tiles of ``tile_bytes`` a program keeps in flight: as many as leave room for a second program, at most 4."""
-    arch = 90 if x.device.type == "cpu" else triton.runtime.driver.active.get_current_target().arch
-    shared = (_SHARED.get(arch, 64) - 16) * 1024  # the compiler moves hidden tiles through shared memory too
-    return max(1, min(4, max(shared // 2 // tile_bytes, min(2, shared // tile_bytes))))
+def _chip(x):
+    """Compute capability, or the name of an AMD chip, and the lanes of a warp."""
+    if x.device.type == "cpu":
+        return 90, 32
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch, target.warp_size
 
 
 def _blocks(x, block_r, block_m, block_d, tile_bytes):
+    """Blocks and launch options. As many tiles of ``tile_bytes`` are in flight as leave room for a second program, up to 4."""
+    arch, lanes = _chip(x)
+    shared = (_SHARED.get(arch, 64) - 16) * 1024  # the compiler moves hidden tiles through shared memory too
     return {
-        "BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4 if block_r <= 64 else 8,
-        "num_stages": _stages(x, tile_bytes), "enable_fp_fusion": True,
+        "BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4 if block_r <= 64 or lanes == 64 else 8,
+        "num_stages": max(1, min(4, max(shared // 2 // tile_bytes, min(2, shared // tile_bytes)))), "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def _bank(adapter_ids, x, down_weight):
 
 def _precision(x):
     """float32 products are exact unless the user let PyTorch's own be rounded to TensorFloat-32."""
-    return "tf32" if x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if x.device.type != "cpu" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def bottleneck_fwd(

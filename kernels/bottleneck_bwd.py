@@ -116,6 +116,8 @@ def bottleneck_bwd_rows_kernel(
                     grad_x += tl.load(skip_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :] * grad
                 if ADD_X:
                     base = grad
+                    if dtype == tl.float32:  # else the compiler starts the sum of the product with base, whose size each step
+                        grad_x = tl.where(mask, grad_x, 0.0)  # then rounds to
             if GROUPS:
                 grad_x = tl.where(group < g, grad_x, tl.where(group == g, 0.0, float("nan")))
             tl.store(grad_x_ptr + (rows * d)[:, None] + cols[None, :], (base + grad_x).to(dtype), mask=mask)

@@ -3,22 +3,33 @@
 import torch
 
 
-def excess(actual, reference, oracle, what):
+def excess(actual, reference, oracle, what, samples=None):
     """A kernel may err at most twice as much as plain PyTorch in the same dtype, both measured against float64.
 
     The arguments are lists of tensors, one a draw of the inputs; the errors of the draws are pooled. Returns what is too much.
+
+    PyTorch may be exact by luck, and where few numbers count it often is. So the rule takes the larger of its error and of a
+    floor: the error of ``samples``, for each draw a list of tensors that unavoidable rounding could have made of the oracle
+    (``Rounding.samples``). Without samples the floor is PyTorch's error and a share of a unit in the last place.
     """
     for a, r in zip(actual, reference):
         assert a.shape == r.shape and a.dtype == r.dtype, what
         assert torch.isfinite(a).all(), f"{what}: not finite"
     eps = torch.finfo(actual[0].dtype).eps
-    actual, reference, oracle = (torch.cat([t.double().flatten() for t in ts]) for ts in (actual, reference, oracle))
-    # l2 sees a systematic error, max sees a wrong element; the slack only covers a reference that happens to be exact.
-    for name, norm, slack in (("l2", torch.norm, eps / 16), ("max", lambda t: t.abs().max(), eps)):
-        if oracle.numel():
-            err, ref, scale = (norm(t).item() for t in (actual - oracle, reference - oracle, oracle))
-            if not err <= 2 * ref + slack * scale:
-                yield f"{what}: {name} error {err:.3e}, plain PyTorch {ref:.3e}"
+    flat = lambda tensors: torch.cat([t.double().flatten() for t in tensors])  # noqa: E731
+    actual, reference, oracle = map(flat, (actual, reference, oracle))
+    # l2 sees a systematic error, max sees a wrong element.
+    for name, norm, share in (("l2", torch.norm, eps / 32), ("max", lambda t: t.abs().max(), eps / 2)):
+        if not oracle.numel():
+            continue
+        err, ref = norm(actual - oracle).item(), norm(reference - oracle).item()
+        if samples is None:
+            floor = ref + share * norm(oracle).item()
+        else:
+            floors = torch.stack([norm(flat(draws) - oracle) for draws in zip(*samples)])
+            floor = (floors.square().mean().sqrt() if name == "l2" else floors.max()).item()
+        if not err <= 2 * max(ref, floor):
+            yield f"{what}: {name} error {err:.3e}, plain PyTorch {ref:.3e}, floor {floor:.3e}"
 
 
 def assert_within_reference_error(actual, reference, oracle, what):

@@ -34,11 +34,30 @@ class Compiled:
     case: Case
     dtype: torch.dtype
     quick: tuple[int | str, ...] = ()  # as in gpuless.offline.CHIPS
+    precision: str = "ieee"  # of float32 products, as in torch.backends
     aligned: bool = True  # rows begin at multiples of 16 bytes, so that tiles can be loaded 16 bytes at a time
 
     @property
     def name(self) -> str:
-        return f"{self.case.name} {str(self.dtype)[6:]}"
+        return f"{self.case.name} {str(self.dtype)[6:] if self.precision == 'ieee' else self.precision}"
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What the checks of numbers need to know of an op.
+
+    ``rounded(arguments, unit, points)`` is the formula in float64 with the roundings of the op's docstring: ``points.value(t)``
+    rounds ``t``, ``points.gradient(t)`` the gradient that comes back to ``t``; ``unit`` is that of ``rounding.unit``. The
+    caller rounds the output and the gradients.
+    """
+
+    rounded: Callable
+    predicted: Callable[[dict, str], tuple]  # (arguments, unit) -> names, with "y", of what ``rounded`` predicts to the bit
+    exact: tuple[Case, ...]  # with small integers for its floating arguments, every sum of such a case is exact
+    rows: tuple[str, ...]  # arguments with an entry for each entry of the input's leading dim, beside ``activations``
+    alone: dict[str, int]  # backend -> the most rows of a call among which a row has the bits that it has alone; else any
+    paths: tuple[Case, ...]  # sizes that together take every path of the kernels
+    fuzz: Callable  # (draw, hypothesis.strategies) -> a case
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ class OpSpec:
     cases: tuple
     bench: tuple
     bad: tuple
+    numerics: Numerics
     large: Callable[[int], Case]  # number -> a case with all that a call can have, its activation (m, d) of more elements
     huge: tuple[Case, ...] = ()  # like ``large``, by other ways; run for their addresses alone, without memory
     tiled: tuple[Case, ...] = ()  # a tile and a bit in every direction; together they reach every key of the tables of tiles

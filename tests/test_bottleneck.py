@@ -9,8 +9,8 @@ import torch
 import fastadapt
 from fastadapt.ops.bottleneck import _bwd, _fwd
 
+from .battery import BACKENDS, DEVICE, check, floats, run, substitute
 from .specs.bottleneck import SPEC
-from .test_ops import BACKENDS, DEVICE, check, floats, run, substitute
 
 backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if (b, DEVICE) in _fwd.available])
 
@@ -23,19 +23,6 @@ def test_ids_of_any_integer_dtype(backend, dtype):
     arguments["adapter_ids"] = arguments["adapter_ids"].to(dtype)
     actual = run(SPEC.op, arguments, backend=backend)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-@backends
-@pytest.mark.parametrize("name", ["m65-d129-r48", "everything", "bank-with-everything"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_neighbours(backend, name, dtype):
-    arguments = SPEC.case(name).make(dtype, DEVICE)
-    whole = fastadapt.bottleneck(**arguments, backend=backend)
-    rows = slice(1, 2)
-    for key in ("x", "residual", "adapter_ids"):
-        if arguments.get(key) is not None:
-            arguments[key] = arguments[key][rows]
-    assert torch.equal(fastadapt.bottleneck(**arguments, backend=backend), whole[rows])
 
 
 @backends

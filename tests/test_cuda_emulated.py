@@ -1,55 +1,189 @@
-"""The CUDA kernels without a GPU: their own source, compiled for the CPU, passes the op's cases in several schedules."""
+"""The CUDA kernels without a GPU: their own sources, compiled for the CPU, pass the cases of every op in several schedules.
 
-import dataclasses
+Once in this process, where their numbers are checked, and once in a process of their own under a sanitizer.
+"""
+
+import functools
+import re
 import shutil
 
 import pytest
 import torch
 
-from fastadapt.ops.bottleneck import Bottleneck, _bwd, _fwd
-
-from .gpuless.emulated import CUDA, Emulated
-from .specs.bottleneck import SPEC, make
-from .test_ops import LAYOUTS, check, run
+from .battery import TELLING, check, run
+from .gpuless import emulated, stable
+from .gpuless.emulated import CUDA
+from .layouts import LAYOUTS
+from .specs import SPECS
+from .specs.bottleneck import make
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-# One multiprocessor: blocks of 64 rows, one split of the rows.  Many: blocks of 16 rows, many splits.
+# Few multiprocessors want large tiles and few splits, many want small tiles and many splits.
 DEVICES = {"large-tiles": {"multiprocessors": 1, "schedule": 0}, "small-tiles": {"multiprocessors": 64, "schedule": 1}}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EMULATED = dataclasses.replace(SPEC, op=lambda backend=None, **a: Bottleneck.apply("emulated", *SPEC.leaf_args(a)))
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return Emulated.build(tmp_path_factory.mktemp("emulated") / "bottleneck.so")
+OPS = emulated.ops()
+module = functools.cache(emulated.module)
+program = functools.cache(emulated.program)
+emulated_check = functools.partial(check, backend="native", unit="matrix")
 
 
 @pytest.fixture
-def emulate(library, monkeypatch):
-    def install(library=library, **device):
-        leaves = Emulated(library, **device)
-        monkeypatch.setattr(_fwd, "emulated", leaves.bottleneck_fwd, raising=False)
-        monkeypatch.setattr(_bwd, "emulated", leaves.bottleneck_bwd, raising=False)
+def emulate(monkeypatch):
+    """Puts an emulation of an op below it."""
+
+    def install(op="bottleneck", call=None, **settings):
+        stable.install(monkeypatch, SPECS[op], (call or module(op)).with_settings(**settings))
+        return SPECS[op]
 
     return install
 
 
+def over(cases, *dtypes):
+    """Parametrize a test. The larger sizes can wait, and what float16 adds to bfloat16 the telling cases show."""
+    parameters = [
+        pytest.param(op, case, dtype, id=f"{op}-{case.name}-{str(dtype)[6:]}", marks=pytest.mark.slow if slow else ())
+        for op in OPS
+        for case in cases(SPECS[op])
+        for dtype in dtypes
+        for slow in [case in SPECS[op].tiled or (dtype == torch.float16 and case.name not in TELLING)]
+    ]
+    return pytest.mark.parametrize("op, case, dtype", parameters)
+
+
+def all_cases(spec):
+    return (*spec.cases, *spec.tiled)
+
+
+def telling(spec):
+    return [case for case in spec.cases if case.name in TELLING]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", SPEC.cases, ids=lambda c: c.name)
-def test_matches_reference(emulate, case, dtype, device):
-    emulate(**DEVICES[device])
-    check(EMULATED, None, lambda: case.make(dtype, "cpu"))
+@over(all_cases, *DTYPES)
+def test_matches_reference(emulate, op, case, dtype, device):
+    emulated_check(emulate(op, **DEVICES[device]), make=lambda: case.make(dtype, "cpu"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ("everything", "bank-of-sequences", "m33-d65-r17"))
-def test_any_strides(emulate, name, layout):
-    emulate(**DEVICES["small-tiles"])
-    names = (*SPEC.activations, "grad_y")
-    case = SPEC.case(name)
-    check(EMULATED, None, lambda: case.make(torch.bfloat16, "cpu"), layout=lambda n, t: LAYOUTS[layout](t) if n in names else t)
+@over(lambda spec: [c for c in spec.cases if c.name in ("everything", "bank-of-sequences", "m33-d65-r17")], torch.bfloat16)
+def test_any_strides(emulate, op, case, dtype, layout):
+    spec = emulate(op, **DEVICES["small-tiles"])
+    names = (*spec.activations, "grad_y")
+    change = lambda n, t: LAYOUTS[layout](t) if n in names else t  # noqa: E731
+    emulated_check(spec, make=lambda: case.make(dtype, "cpu"), layout=change)
 
+
+@over(telling, *DTYPES[:2])
+def test_one_gradient_alone(emulate, op, case, dtype):
+    spec = emulate(op, **DEVICES["large-tiles"])
+    given = case.make(dtype, "cpu")
+    for name in spec.bwd_outputs:
+        if isinstance(given.get(name), torch.Tensor):
+            emulated_check(spec, make=lambda: case.make(dtype, "cpu"), wanted={name})
+
+
+@over(telling, torch.bfloat16)
+def test_no_schedule_changes_a_bit(emulate, op, case, dtype):
+    """A race, or a sum in the order of arrival, would."""
+    arguments, results = case.make(dtype, "cpu"), []
+    spec = SPECS[op]
+    grad_y = torch.randn(arguments[spec.activations[0]].shape).to(dtype)
+    for schedule in range(6):
+        emulate(op, multiprocessors=4, schedule=schedule)
+        results.append(run(spec.op, arguments, grad_y, backend="native"))
+    for result in results[1:]:
+        assert all(torch.equal(result[n], results[0][n]) for n in result)
+
+
+# --- under sanitizers ------------------------------------------------------------------------------------------------------
+
+
+def sanitized(sanitizer, op, sources=CUDA):
+    if reason := stable.unusable(sanitizer):
+        pytest.skip(reason)
+    return program(op, sanitizer, sources)
+
+
+@pytest.mark.parametrize("sanitizer", ("address", "thread"))
+@over(telling, torch.bfloat16)
+def test_sanitizer_reports_nothing(emulate, op, case, dtype, sanitizer):
+    spec = emulate(op, sanitized(sanitizer, op), **DEVICES["small-tiles"], schedules=2)
+    emulated_check(spec, make=lambda: case.make(dtype, "cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@over(all_cases, *DTYPES[:2])
+def test_no_access_out_of_bounds(emulate, op, case, dtype, device):
+    emulated_check(emulate(op, sanitized("address", op), **DEVICES[device], schedules=2), make=lambda: case.make(dtype, "cpu"))
+
+
+@pytest.mark.slow
+@over(all_cases, torch.bfloat16)
+def test_no_race(emulate, op, case, dtype):
+    emulated_check(emulate(op, sanitized("thread", op), multiprocessors=8, schedules=2), make=lambda: case.make(dtype, "cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ("address", "thread"))
+@over(telling, *DTYPES[:2])
+def test_twenty_schedules(emulate, op, case, dtype, sanitizer):
+    spec = emulate(op, sanitized(sanitizer, op), multiprocessors=8, schedules=20)
+    emulated_check(spec, make=lambda: case.make(dtype, "cpu"))
+
+
+# What the emulator is for: errors that a lucky order of threads, or lucky memory, hides. Text of a source and its replacement,
+# and what must be said of it: by the numbers in this process (None), or by a sanitizer.
+RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
+NUMBERS = "error .*, plain PyTorch|not finite"
+END = "  cp_async_wait<0>();\n  __syncthreads();\n"
+PLANTED = {
+    "no-barrier-before-use": ("tiles.cuh", "      __syncthreads();\n    }\n", "    }\n", {None: NUMBERS, "thread": RACE}),
+    "no-barrier-before-reuse": ("tiles.cuh", END, "  cp_async_wait<0>();\n", {"thread": RACE}),
+    "no-barrier-of-the-warp": ("bottleneck.cuh", "(int first) {\n    __syncwarp();\n", "(int first) {\n", {"thread": RACE}),
+    "waits-for-too-few-copies": (
+        "tiles.cuh", "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()", {None: NUMBERS, "thread": RACE},
+    ),
+    "divergent-barrier": (
+        "tiles.cuh", END, END.replace("__sync", "if (threadIdx.x < 96) __sync"), {None: "wait for ever: a divergent barrier"},
+    ),
+    "load-past-the-last-column": (
+        "tiles.cuh", "from && column < valid ?", "from && column <= valid ?", {"address": OVERFLOW},
+    ),
+    "store-past-the-last-column": ("bottleneck.cuh", "if (left > 1) to[1] =", "to[1] =", {"address": OVERFLOW}),
+    "blocks-write-one-sum": (
+        "bottleneck_backward.cuh", "q.hidden_sums[(blockIdx.x * int64_t{2}", "q.hidden_sums[(0 * int64_t{2}", {"thread": RACE},
+    ),
+}  # fmt: skip
+QUICK = (("divergent-barrier", None), ("store-past-the-last-column", "address"), ("blocks-write-one-sum", "thread"))
+
+
+@pytest.mark.parametrize(
+    "error, sanitizer",
+    [
+        pytest.param(error, sanitizer, id=f"{error}-{sanitizer}", marks=() if (error, sanitizer) in QUICK else pytest.mark.slow)
+        for error, (*_, seen_by) in PLANTED.items()
+        for sanitizer in seen_by
+    ],
+)
+def test_planted_error_is_seen(emulate, tmp_path, error, sanitizer):
+    name, good, bad, seen_by = PLANTED[error]
+    shutil.copytree(stable.ROOT / "csrc", tmp_path / "csrc")
+    folder = tmp_path / "csrc/cuda"
+    text = (folder / name).read_text()
+    assert text.count(good) == 1
+    (folder / name).write_text(text.replace(good, bad))
+    source = folder / "bottleneck.cu"  # in one dtype: what costs here is the compiler
+    source.write_text(re.sub(r"plan\((float|f16)\{\}, device\)", "plan(bf16{}, device)", source.read_text()))
+    broken = sanitized(sanitizer, "bottleneck", folder) if sanitizer else emulated.module("bottleneck", folder, "-O0")
+    arguments = {"shape": (40, 65), "r": 20}
+    with pytest.raises((AssertionError, RuntimeError), match=seen_by[sanitizer]):
+        for schedule in range(4):
+            spec = emulate("bottleneck", broken, multiprocessors=64, schedule=schedule)
+            emulated_check(spec, make=lambda: make(torch.bfloat16, "cpu", **arguments))
+
+
+# --- what only bottleneck has ----------------------------------------------------------------------------------------------
 
 SHAPES = {
     "aligned": {"shape": (70, 128), "r": 64},
@@ -64,89 +198,44 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_tiles(emulate, name, dtype, device):
     options = {**SHAPES[name], "activation": "gelu"}
-    emulate(**DEVICES[device])
-    check(EMULATED, None, lambda: make(dtype, "cpu", **options))
+    emulated_check(emulate(**DEVICES[device]), make=lambda: make(dtype, "cpu", **options))
 
 
 @pytest.mark.parametrize("r, d", ((0, 24), (3, 0)))
 def test_nothing_to_multiply(emulate, r, d):
-    emulate(**DEVICES["large-tiles"])
+    spec = emulate(**DEVICES["large-tiles"])
     shapes = {"x": (5, d), "down_weight": (r, d), "up_weight": (d, r), "down_bias": (r,), "up_bias": (d,), "scale": (d,)}
     arguments = {name: torch.randn(shape) for name, shape in shapes.items()}
-    actual, expected = run(EMULATED.op, arguments), run(SPEC.reference, arguments)
+    actual, expected = run(spec.op, arguments, backend="native"), run(spec.reference, arguments)
     for name in actual:
         torch.testing.assert_close(actual[name], expected[name])
 
 
-@pytest.mark.parametrize("name", SPEC.bwd_outputs)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
-def test_one_gradient_alone(emulate, name, dtype):
-    emulate(**DEVICES["large-tiles"])
-    for case in ("everything", "bank-with-everything"):
-        check(EMULATED, None, lambda: SPEC.case(case).make(dtype, "cpu"), wanted={name})  # noqa: B023
-
-
 @pytest.mark.parametrize("ids", (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8), ids=lambda d: str(d)[6:])
 def test_ids_of_any_integer_dtype(emulate, ids):
-    emulate(**DEVICES["small-tiles"])
+    spec = emulate(**DEVICES["small-tiles"])
     arguments = make(torch.float32, "cpu", shape=(40, 24), r=4, g=3, ids=[2, 0, 1, 2] * 10)
-    expected = run(EMULATED.op, arguments)["y"]
-    assert torch.equal(run(EMULATED.op, {**arguments, "adapter_ids": arguments["adapter_ids"].to(ids)})["y"], expected)
+    expected = spec.op(**arguments, backend="native")
+    assert torch.equal(spec.op(**{**arguments, "adapter_ids": arguments["adapter_ids"].to(ids)}, backend="native"), expected)
 
 
 def test_id_outside_the_bank_gives_nan_and_spoils_no_other_row(emulate):
-    emulate(**DEVICES["large-tiles"])
+    spec = emulate(**DEVICES["large-tiles"])
     arguments = make(torch.bfloat16, "cpu", shape=(6, 24), r=4, g=3, ids=[2, 3, -1, -2, 0, 1])
-    result = run(EMULATED.op, arguments)
+    result = run(spec.op, arguments, backend="native")
     bad = torch.tensor([False, True, False, True, False, False])
     assert torch.equal(result["y"].isnan().all(-1), bad) and torch.equal(result["y"].isnan().any(-1), bad)
     assert torch.equal(result["x"].isnan().all(-1), bad) and torch.equal(result["x"].isnan().any(-1), bad)
     assert all(result[n].isfinite().all() for n in ("down_weight", "up_weight", "down_bias", "up_bias"))
 
 
-@pytest.mark.parametrize("name", ("m65-d129-r48", "everything", "bank-with-everything"))
-def test_no_schedule_changes_a_bit(emulate, name):
-    """A race, or a sum in the order of arrival, would."""
-    arguments = SPEC.case(name).make(torch.bfloat16, "cpu")
-    grad_y = torch.randn(arguments["x"].shape).bfloat16()
-    results = []
-    for schedule in range(6):
-        emulate(multiprocessors=4, schedule=schedule)
-        results.append(run(EMULATED.op, arguments, grad_y))
-    for result in results[1:]:
-        assert all(torch.equal(result[n], results[0][n]) for n in result)
-
-
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_one_bad_row_spoils_no_other(emulate, value):
-    emulate(**DEVICES["large-tiles"])
+    spec = emulate(**DEVICES["large-tiles"])
     arguments = make(torch.bfloat16, "cpu", shape=(40, 24), r=5, residual="none", activation="relu")
-    clean = run(EMULATED.op, arguments)["y"]
+    clean = spec.op(**arguments, backend="native")
     arguments["x"][7, 3] = value
-    y, expected = run(EMULATED.op, arguments)["y"], run(SPEC.reference, arguments)["y"]
+    y, expected = spec.op(**arguments, backend="native"), spec.reference(**arguments)
     others = torch.arange(40) != 7
     assert torch.equal(y[others], clean[others])
     assert torch.equal(y[7].isnan(), expected[7].isnan()) and torch.equal(y[7].isinf(), expected[7].isinf())
-
-
-# What the emulator is for: errors that a lucky order of threads hides.  Text of csrc/cuda/tiles.cuh and its replacement.
-PLANTED = {
-    "no-barrier-before-use": ("      __syncthreads();\n    }\n", "    }\n"),
-    "waits-for-too-few-copies": ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    "copies-past-the-last-column": ("least<int>(left * sizeof(T), 16)", "16"),
-}
-
-
-@pytest.mark.parametrize("error", PLANTED)
-def test_planted_error_is_seen(emulate, tmp_path, error):
-    good, bad = PLANTED[error]
-    headers = tmp_path / "cuda"
-    shutil.copytree(CUDA, headers)
-    text = (headers / "tiles.cuh").read_text()
-    assert text.count(good) == 1
-    (headers / "tiles.cuh").write_text(text.replace(good, bad))
-    broken = Emulated.build(tmp_path / "broken.so", headers, "-DFA_ONLY_BFLOAT16", "-O0")
-    with pytest.raises((AssertionError, RuntimeError)):
-        for schedule in range(4):
-            emulate(broken, multiprocessors=1, schedule=schedule)
-            check(EMULATED, None, lambda: make(torch.bfloat16, "cpu", shape=(40, 200), r=20))

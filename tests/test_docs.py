@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fastadapt", "kernels", "tests")
+# What a GPU run writes.
+RECORDS = set(re.findall(r'"(\w+\.json)"', "".join(p.read_text() for p in (ROOT / "tests/gpu").glob("*.py"))))
 PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]|[\w-]+\.(?:py|cpp|cuh?|h|json|md|toml|sh)\b")
 
 
@@ -30,7 +32,7 @@ def missing(text):
             path = ROOT / module.replace(".", "/")
             if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
                 found.append(f"python -m {module}")
-        for name in PATH.findall(piece):
+        for name in set(PATH.findall(piece)) - RECORDS:
             if not list(ROOT.glob(name)) and ("/" in name or not list(ROOT.glob(f"[!.]*/**/{name}"))):
                 found.append(name)
         for path, function in re.findall(r"(tests/[\w/]+\.py)::(\w+)", piece):

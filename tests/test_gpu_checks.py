@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from .battery import TELLING
+from .gpu import small
 from .gpu import test_device as checks
 from .specs import SPECS
-from .test_ops import TELLING
 
 if checks.DEVICE != "cpu":
     pytest.skip("the planted errors are calls on the CPU", allow_module_level=True)
@@ -83,3 +84,12 @@ def test_planted_copy():
 def test_planted_missing_backend():
     with pytest.raises(AssertionError):
         checks.test_backends(replace(SPEC, fwd=type("Leaf", (), {"name": "fwd", "available": set()})))
+
+
+def test_the_calls_for_the_sanitizers(monkeypatch, capsys):
+    assert small.main("cpu", ["native"]) == 0
+    assert capsys.readouterr().out.count("done") == 2 * len(TELLING) * len(SPECS)
+    monkeypatch.setattr(small, "run", lambda *_, **__: {"y": torch.tensor(float("inf"))})
+    assert small.main("cpu", ["native"]) == 1
+    assert "error: not finite: ['y']" in capsys.readouterr().out
+    assert small.main("cpu", []) == 1

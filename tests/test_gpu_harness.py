@@ -131,3 +131,22 @@ def test_every_section_has_a_program(device, tmp_path):
             modules = [b for a, b in zip(words, words[1:]) if a == "-m" and "." in b]
             assert all((ROOT / f"{name.replace('.', '/')}.py").exists() for name in modules), words
         assert device == "cuda" or section.refusal or section.name in ("machine", *CHECKS)
+
+
+@pytest.mark.slow
+def test_the_stand_in_runs_from_end_to_end(tmp_path):
+    """Sections with a meaning on the CPU pass; the others say why they do not run, and so does the exit code."""
+    names = ["battery-native", "backends", "streams", "large", "memcheck"]
+    command = [sys.executable, "-m", "tests.gpu", str(tmp_path), "--device", "stand-in", "--only", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert {s["name"]: (s["result"], s["detail"]) for s in record["sections"]} == {
+        "machine": ("passed", ""),
+        "battery-native": ("not run", "needs a CUDA device"),
+        "backends": ("passed", ""),
+        "streams": ("skipped", "a CPU has no streams"),
+        "large": ("passed", ""),
+        "memcheck": ("not run", "needs a CUDA device"),
+    }
+    assert record["machine"]["torch"] and "streams" in done.stdout.splitlines()[-3]

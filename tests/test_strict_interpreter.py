@@ -5,10 +5,10 @@ import torch
 
 from fastadapt._leaf import INTERPRET
 
+from .battery import check, run
 from .gpuless import configurations
 from .gpuless import strict_interpreter as strict
 from .specs import SPECS
-from .test_ops import check, run
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -74,15 +74,22 @@ def transposed(t):
     return t.transpose(0, -1).contiguous().transpose(0, -1)
 
 
+LAYOUTS = {"contiguous": lambda t: t, "transposed": transposed}
+
+
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(lambda t: t, id="contiguous"), pytest.param(transposed, id="transposed", marks=pytest.mark.slow)],
+    "spec, case, layout",
+    [
+        pytest.param(spec, case, layout, id=f"{name}-{case.name}-{layout}", marks=[pytest.mark.slow] if i and j else [])
+        for name, spec in SPECS.items()
+        for i, case in enumerate((spec.large(2**33), *spec.huge))
+        for j, layout in enumerate(LAYOUTS)
+    ],
 )
-@over(lambda spec: (spec.large(2**31), *spec.huge), (BF16,))
-def test_offsets_of_the_launches_are_64_bit(spec, case, dtype, layout):
-    """Programs from both ends of every launch of a call with more than 2**31 elements."""
+def test_offsets_of_the_launches_are_64_bit(spec, case, layout):
+    """Programs from both ends of every launch. So many elements that columns overflow too where they are strided."""
     with strict.ghosts() as launches:
-        launch(spec, case.make(dtype, "meta"), layout)
+        launch(spec, case.make(BF16, "meta"), LAYOUTS[layout])
     assert any(t.numel() > 2**31 for record in launches for t in record.tensors)
 
 
@@ -101,6 +108,6 @@ def test_the_order_of_programs_changes_no_bit(spec, case, dtype):
 
 
 @pytest.mark.slow
-@over(lambda spec: (*spec.cases, *spec.tiled), (BF16, FP32))
-def test_nothing_is_reported_over_many_orders(spec, case, dtype):
-    order_changes_no_bit(spec, case, dtype, range(20))
+@over(lambda spec: spec.cases, (BF16, FP32))
+def test_nothing_is_reported_over_twenty_orders(spec, case, dtype):
+    order_changes_no_bit(spec, case, dtype, range(10) if dtype == FP32 else range(10, 20))

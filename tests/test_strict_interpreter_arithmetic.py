@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.runtime.errors import InterpreterError
 
 from fastadapt._leaf import INTERPRET
@@ -45,6 +46,8 @@ def _elementwise_kernel(x_ptr, y_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.const
         out = tl.minimum(x, y)
     elif OP == "propagate":
         out = tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+    elif OP == "tanh":
+        out = libdevice.tanh(x)
     elif OP == "cast":
         out = x
     tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty))
@@ -65,7 +68,8 @@ def test_arithmetic_rounds_once_to_nearest_even(dtype):
     }  # fmt: skip
     for op, values in expected.items():
         assert torch.equal(elementwise(op, x, y), values), op
-    torch.testing.assert_close(elementwise("div", x, y), x / y)
+    for op, values in {"div": x / y, "tanh": x.tanh()}.items():
+        torch.testing.assert_close(elementwise(op, x, y), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

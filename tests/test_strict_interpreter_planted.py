@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastadapt._leaf import INTERPRET
 
@@ -67,6 +68,22 @@ def _cast_pointer_kernel(x_ptr, y_ptr):
 
 
 @triton.jit
+def _descriptor_kernel(x, y_ptr, m, BLOCK: tl.constexpr):
+    y = tl.make_tensor_descriptor(y_ptr, shape=[m, 8], strides=[8, 1], block_shape=[BLOCK, 8])
+    i = tl.program_id(0) * BLOCK
+    y.store([i, 0], x.load([i, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planted_shape_of_a_descriptor(dtype):
+    x, y = torch.randn(10, 8).to(dtype), torch.empty(10, 8, dtype=dtype)
+    _descriptor_kernel[(3,)](TensorDescriptor.from_tensor(x, [4, 8]), y, 10, BLOCK=4)
+    assert torch.equal(x, y)
+    with fails("store .* of y_ptr, .* 8 of 16 lanes are outside"):
+        _descriptor_kernel[(3,)](TensorDescriptor.from_tensor(x, [4, 8]), y[:9], 10, BLOCK=4)
+
+
+@triton.jit
 def _store_then_load_kernel(x_ptr, BARRIER: tl.constexpr):
     i = tl.arange(0, 4)
     tl.store(x_ptr + i, i.to(tl.float32))
@@ -102,6 +119,8 @@ def test_planted_atomics():
         _atomic_kernel[(5,)](count, 2, PLAIN=True)
     with fails("atomic by program . races with a atomic by another program"):  # no order of the sum is fixed
         _atomic_kernel[(5,)](torch.zeros(1), 2.0, PLAIN=False)
+    with fails("NotImplementedError"):
+        _atomic_kernel[(1,)](torch.zeros(1, dtype=torch.bfloat16), 2.0, PLAIN=False)
 
 
 @triton.jit
@@ -166,6 +185,8 @@ def _undefined_kernel(x_ptr, n, KIND: tl.constexpr):
         x += 1 // (n - n)
     elif KIND == "cast":
         x += x.to(tl.int32)
+    elif KIND == "float8":
+        x += x.to(tl.float8e5).to(tl.float32)
     tl.store(x_ptr, x)
 
 
@@ -175,10 +196,11 @@ def _undefined_kernel(x_ptr, n, KIND: tl.constexpr):
         ("assert", 2, 0.0, "n must be one"),
         ("division", 2, 0.0, "division by zero"),
         ("cast", 2, NAN, "isn't finite"),
+        ("float8", 2, 1.0, "NotImplementedError"),
         ("cast", 2, 3e9, "int32 overflow in a cast from fp32"),
     ],
 )
-def test_planted_undefined_operations(kind, n, x, message):
+def test_planted_undefined_or_unknown_operations(kind, n, x, message):
     with fails(message):
         _undefined_kernel[(1,)](torch.tensor([x]), n, KIND=kind)
     _undefined_kernel[(1,)](torch.tensor([1.0]), 1, KIND="assert")

@@ -8,9 +8,9 @@ import triton.language as tl
 from fastadapt._leaf import INTERPRET
 from fastadapt.ops.bottleneck import _launch_bwd
 
-from .gpuless import budgets, offline, offline_gate
+from .gpuless import budgets, cuda_budget, offline, offline_gate
 from .gpuless.configurations import entries
-from .gpuless.offline_machine import unfenced
+from .gpuless.offline_machine import local_in_loops, unfenced
 from .specs import SPECS
 from .specs.bottleneck import EVERYTHING, SPEC, make
 
@@ -23,9 +23,9 @@ def check(op, chip, calls, everything):
     found, _ = offline_gate.builds(SPECS[op], chip, calls, everything)
     problems = [fault for build in found for fault in offline_gate.faults(build, chip)]
     budget = budgets.read(f"{op}.triton")
-    known = budget["compiler"] == offline_gate.COMPILER
+    known = budget["compiler"] in (None, offline_gate.COMPILER)
     if known:
-        problems += budgets.exceeded(budget, offline_gate.rows(found), chip, complete=everything)
+        problems += budgets.exceeded(budget, {b.name: offline_gate.row(b.machine) for b in found}, chip, everything)
     assert not problems, "\n".join(problems)
     if not known:
         pytest.skip(f"registers unchecked: the budgets are of {budget['compiler']}, this is {offline_gate.COMPILER}")
@@ -52,6 +52,11 @@ def test_the_calls_reach_every_configuration():
             for place in offline_gate.places(spec, call, 90, known):
                 covered |= offline_gate.launches(spec, call, 90, place)[1]
     assert covered == entries()
+
+
+def test_every_budget_is_of_an_op():
+    files = {f"{op}.triton.json" for op in SPECS} | {f"{source.stem}.cuda.json" for source in cuda_budget.SOURCES}
+    assert {path.name for path in budgets.FOLDER.glob("*.json")} == files
 
 
 def test_a_frozen_parameter_launches_nothing_for_it():
@@ -134,16 +139,20 @@ def test_finds_a_branch_back_past_the_fence():
     assert unfenced(loop.format("st.shared.b32 [%r1], %r2;")) and not unfenced(loop.format("ld.shared.b32 %r2, [%r1];"))
 
 
+def test_a_spill_around_a_loop_is_none_in_it():
+    code = "/*0010*/ STL [R1], R2 ;\n/*0020*/ {} ;\n/*0030*/ @P0 BRA 0x20 ;\n/*0040*/ LDL.LU R2, [R1] ;\n/*0050*/ BRA 0x50 ;"
+    assert local_in_loops(code.format("LDL R3, [R1]")) == 1 and local_in_loops(code.format("LDS R3, [R1]")) == 0
+
+
 def test_a_budget_is_kept():
-    machine = build(80)[0].machine
-    row = {"registers": machine.registers, "shared": machine.shared, "products": machine.products}
-    other = {"registers": build(80, dot=False)[0].machine.products}
+    row, other = (offline_gate.row(build(80, dot=dot)[0].machine) for dot in (True, False))
     budget = lambda **change: {"kernels": {"k": {"80": list((row | change).values())}}}  # noqa: E731
     exceeded = lambda budget, now, complete=True: "\n".join(budgets.exceeded(budget, now, 80, complete))  # noqa: E731
     assert exceeded(budget(), {"k": row}) == ""
-    assert exceeded(budget(registers=int(machine.registers / 1.12)), {"k": row}).startswith("80 k uses registers")
-    assert "make budgets" in exceeded(budget(shared=machine.shared // 2), {"k": row})
-    assert "uses products '', its budget is 'HMMA'" in exceeded(budget(), {"k": row | {"products": other["registers"]}})
+    assert exceeded(budget(registers=int(row["registers"] / 1.12)), {"k": row}).startswith("80 k uses registers")
+    assert "make budgets" in exceeded(budget(shared=row["shared"] // 2), {"k": row})
+    assert "uses products '', its budget is 'HMMA'" in exceeded(budget(), {"k": row | {"products": other["products"]}})
+    assert "uses narrow 50, its budget is 0" in exceeded(budget(), {"k": row | {"narrow": 50}})
     assert "n has no budget" in exceeded(budget(), {"k": row, "n": row})
     assert "k has a budget, but no kernel" in exceeded(budget(), {})
     assert exceeded(budget(), {}, complete=False) == ""

@@ -253,6 +253,13 @@ def bottleneck(
     Returns:
         ``(..., d)``, contiguous, dtype of ``x``; products accumulate in float32 (float64 for float64).
 
+    Rounding, with a 16-bit ``x``: the output and the gradients once, at their end. The vector units of a CPU round nothing
+    else. Matrix units (every GPU backend; AMX with bfloat16) also round what they multiply to the dtype of ``x``: float32
+    weights, the normalised rows, the hidden activations; in backward the gradient that comes out of the activation, and
+    ``scale * grad_y`` if ``scale`` is ``(d,)``. AMX multiplies ``norm_weight``, and in backward ``scale``, into the weight
+    before it rounds that. The rows of ``y`` don't depend on each other; on a CPU their last bits may differ between calls of
+    up to 128 rows and larger ones.
+
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.

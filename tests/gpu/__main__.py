@@ -44,7 +44,7 @@ def pytest(*arguments):
 
 def workers() -> list[str]:
     """Side by side where pytest-xdist is there: the battery waits for the compiler most of the time."""
-    return ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    return ["-n", str(min(12, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
 
 def check(name: str):
@@ -98,8 +98,9 @@ def sections(folder: Path, device: str) -> list[list[Section]]:
         [Section("install", always(*install), 60, refusal=refusal, environment=here)],
         [Section("build", build, 240, refusal=refusal, environment=cuda)],
         [Section("battery-native", pytest(*battery, *workers(), "-k", "not triton"), 150, True, refusal)],
-        [Section("battery-triton", pytest(*battery, *workers(), "-k", "triton"), 200, True, refusal)],
-        [Section("modules", pytest(*modules, *workers()), 60, True, refusal)],
+        # Not the fuzzing, since each size compiles anew.
+        [Section("battery-triton", pytest(*battery, *workers(), "-k", "triton and not fuzz"), 200, True, refusal)],
+        [Section("modules", pytest(*modules, *workers()), 100, True, refusal)],
         [Section(name, check(name), limit, True) for name, limit in CHECKS.items()],
         [Section(tool, sanitizer(tool), 90, False, missing, alone) for tool in SANITIZERS],
         [Section("overhead", always(PYTHON, "-m", "benchmarks.run", "--overhead"), 40, refusal=refusal)],

@@ -7,8 +7,8 @@ import torch
 from benchmarks.memory import peak_extra
 
 from ..accuracy import excess
+from ..battery import BACKENDS, DEVICE, TELLING, floats, over, run, substitute
 from ..specs import SPECS
-from ..test_ops import BACKENDS, DEVICE, TELLING, floats, over, run, substitute
 from .device import Cuda, StandIn, moved
 
 MACHINE = Cuda() if DEVICE == "cuda" else StandIn()

@@ -6,6 +6,7 @@
 //   * an asynchronous copy lands at the wait that covers it, or at once (odd schedules), never "some time later";
 //   * blocks, warps and lanes run in a shuffled order (schedules other than 0), so a missing barrier changes results;
 //   * divergent barriers and warp operations, misaligned addresses, and threads that end with copies in flight are errors.
+// Built with AddressSanitizer it also sees every access out of bounds, with ThreadSanitizer every race, between blocks too.
 // A launch takes the number of the schedule where CUDA takes a stream.
 #pragma once
 #include <algorithm>
@@ -22,6 +23,8 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+
+#include "cuda_emulator_sanitizers.h"
 
 #define __global__
 #define __device__
@@ -44,11 +47,12 @@ struct alignas(16) float4 {
 struct alignas(8) float2 {
   float x, y;
 };
-using cudaStream_t = uint64_t;
+struct Schedule;
+using cudaStream_t = Schedule*;  // a pointer as in CUDA; its value is the number
 
 namespace emulator {
 
-constexpr size_t kStack = 128 * 1024;
+constexpr size_t kStack = 64 * 1024;
 constexpr size_t kGuard = 256;  // poisoned bytes on either side of shared memory
 enum class Now { ready, blocked, done };
 
@@ -62,8 +66,9 @@ struct Fiber {
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
 #else
-  ucontext_t context;
+  ucontext_t registers;
 #endif
+  Context* context = nullptr;
   char* stack = nullptr;
   unsigned thread = 0, lane = 0, warp = 0;
   dim3 index;
@@ -79,27 +84,35 @@ struct Warp {
 };
 
 struct Barrier {
-  unsigned arrived = 0;
+  unsigned arrived = 0, count = 0;
   std::vector<unsigned> waiting;
 };
+
+constexpr unsigned kBarriers = 16;
 
 struct State {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Barrier barriers[16];
+  Barrier barriers[kBarriers];
+  // To ThreadSanitizer an address stands for what a barrier, or __syncwarp, orders: of each barrier and each warp of a block.
+  std::vector<uint64_t> orders;
   Fiber* current = nullptr;
 #if defined(__x86_64__)
   void* scheduler = nullptr;
 #else
   ucontext_t scheduler;
 #endif
+  Context scheduler_context;
+  char begin, end;  // their addresses stand for the order between a launch and what surrounds it
   dim3 block, block_size, grid_size;
   std::vector<unsigned> order;  // in which ready threads are picked
   unsigned live = 0;
   std::function<void()> kernel;
   unsigned char* shared = nullptr;
+  size_t shared_limit = 48 * 1024;  // what a launch gets without asking
   bool copies_land_at_once = false;
   std::vector<char*> stacks;
+  std::vector<Context> contexts;
   std::string error;
 };
 
@@ -108,7 +121,10 @@ inline State& state() {
   return s;
 }
 // Fibers of one launch never change thread, but the compiler may not keep a thread-local address across a switch.
-__attribute__((noinline)) inline Fiber* current() { return state().current; }
+__attribute__((noinline)) inline Fiber* current() {
+  Quiet quiet;
+  return state().current;
+}
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the old stack and takes up the new one: four times as fast as swapcontext.
@@ -138,15 +154,18 @@ emulator_switch:
 #endif
 
 // Continues another fiber, or the scheduler for nullptr.
-__attribute__((noinline)) inline void switch_to(Fiber* to) {
+__attribute__((noinline, no_sanitize("thread"))) inline void switch_to(Fiber* to) {
   State& s = state();
   Fiber* from = s.current;
   s.current = to;
+  Context& mine = from ? *from->context : s.scheduler_context;
+  leave(mine, from && from->now == Now::done, to ? *to->context : s.scheduler_context);
 #if defined(__x86_64__)
   emulator_switch(from ? &from->stack_pointer : &s.scheduler, to ? to->stack_pointer : s.scheduler);
 #else
-  swapcontext(from ? &from->context : &s.scheduler, to ? &to->context : &s.scheduler);
+  swapcontext(from ? &from->registers : &s.scheduler, to ? &to->registers : &s.scheduler);
 #endif
+  arrive(mine);
 }
 
 // Ends the launch with an error; the fibers are left where they are.
@@ -170,18 +189,33 @@ inline void block_current() {
 }
 
 inline void fiber_main() {
-  state().kernel();
   State& s = state();
-  if (!s.current->open.empty() || !s.current->groups.empty()) fail("the thread ends with asynchronous copies in flight");
-  s.current->now = Now::done;
-  s.live--;
-  switch_to(next_ready());
+  arrive_first(s.scheduler_context);
+  acquire(&s.begin);
+  s.kernel();
+  release(&s.end);
+  Fiber* next;
+  {
+    Quiet quiet;
+    if (!s.current->open.empty() || !s.current->groups.empty()) fail("the thread ends with asynchronous copies in flight");
+    s.current->now = Now::done;
+    s.live--;
+    next = next_ready();
+  }
+  switch_to(next);
   abort();
 }
 
 inline void barrier(unsigned id, unsigned count) {
+  Quiet quiet;
   State& s = state();
+  if (id >= kBarriers) fail("barrier " + std::to_string(id) + " of " + std::to_string(kBarriers));
   Barrier& b = s.barriers[id];
+  if (b.arrived && b.count != count)
+    fail("a barrier of " + std::to_string(count) + " threads, of " + std::to_string(b.count) + " to others");
+  b.count = count;
+  void* order = &s.orders[id];
+  release(order);
   if (++b.arrived == count) {
     b.arrived = 0;
     for (unsigned t : b.waiting) s.fibers[t].now = Now::ready;
@@ -190,29 +224,39 @@ inline void barrier(unsigned id, unsigned count) {
     b.waiting.push_back(current()->thread);
     block_current();
   }
+  acquire(order);
 }
 
-// One operation of a whole warp: the last lane to arrive runs work over the arguments of all 32.
+// One operation of a whole warp: the last lane to arrive runs work over the arguments of all 32.  Only __syncwarp orders the
+// memory accesses of the lanes; the others exchange registers.
 template <class Work>
-void warp_operation(const char* name, void* argument, Work work) {
+void warp_operation(const char* name, void* argument, Work work, bool orders = false) {
+  Quiet quiet;
   State& s = state();
-  Fiber* me = current();
+  Fiber* me = s.current;
   Warp& warp = s.warps[me->warp];
   warp.arguments[me->lane] = argument;
   warp.operation[me->lane] = name;
   warp.arrived |= 1u << me->lane;
-  if (warp.arrived != 0xffffffffu) return block_current();
-  for (const char* other : warp.operation)
-    if (std::strcmp(other, name)) fail(std::string("lanes of one warp wait in different operations: ") + name + ", " + other);
-  work(warp.arguments);
-  warp.arrived = 0;
-  for (unsigned l = 0; l < 32; l++) {
-    Fiber& lane = s.fibers[me->warp * 32 + l];
-    if (lane.now == Now::blocked) lane.now = Now::ready;
+  void* order = &s.orders[kBarriers + me->warp];
+  if (orders) release(order);
+  if (warp.arrived != 0xffffffffu) {
+    block_current();
+  } else {
+    for (const char* other : warp.operation)
+      if (std::strcmp(other, name)) fail(std::string("lanes of one warp wait in different operations: ") + name + ", " + other);
+    work(warp.arguments);
+    warp.arrived = 0;
+    for (unsigned l = 0; l < 32; l++) {
+      Fiber& lane = s.fibers[me->warp * 32 + l];
+      if (lane.now == Now::blocked) lane.now = Now::ready;
+    }
   }
+  if (orders) acquire(order);
 }
 
 inline void start_fiber(Fiber& f) {
+  unpoison(f.stack, kStack);  // the frames of a fiber that never ended
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(f.stack) + kStack - 64) & ~uintptr_t{15});
   *--top = nullptr;  // where fiber_main would return to; keeps the alignment that a call gives
@@ -220,21 +264,22 @@ inline void start_fiber(Fiber& f) {
   for (int i = 0; i < 6; i++) *--top = nullptr;
   f.stack_pointer = top;
 #else
-  getcontext(&f.context);
-  f.context.uc_stack.ss_sp = f.stack;
-  f.context.uc_stack.ss_size = kStack;
-  f.context.uc_link = nullptr;
-  makecontext(&f.context, reinterpret_cast<void (*)()>(fiber_main), 0);
+  getcontext(&f.registers);
+  f.registers.uc_stack.ss_sp = f.stack;
+  f.registers.uc_stack.ss_size = kStack;
+  f.registers.uc_link = nullptr;
+  makecontext(&f.registers, reinterpret_cast<void (*)()>(fiber_main), 0);
 #endif
 }
 
-inline void run_block(uint64_t index, std::mt19937_64& random, bool shuffled) {
+inline void run_block(uint64_t index, unsigned slot, std::mt19937_64& random, bool shuffled) {
   State& s = state();
   const unsigned threads = s.block_size.x * s.block_size.y * s.block_size.z;
   s.block = dim3(index % s.grid_size.x, index / s.grid_size.x % s.grid_size.y, index / s.grid_size.x / s.grid_size.y);
   s.fibers.clear();
   s.fibers.resize(threads);
   s.warps.assign(threads / 32, Warp{});
+  s.orders = std::vector<uint64_t>(kBarriers + threads / 32);  // new memory: what one block ordered, the next must not inherit
   for (Barrier& b : s.barriers) b = Barrier{};
   std::vector<unsigned> warps(threads / 32);
   for (unsigned w = 0; w < warps.size(); w++) warps[w] = w;
@@ -248,11 +293,14 @@ inline void run_block(uint64_t index, std::mt19937_64& random, bool shuffled) {
   }
   for (unsigned t = 0; t < threads; t++) {
     Fiber& f = s.fibers[t];
-    f.thread = t, f.lane = t % 32, f.warp = t / 32, f.stack = s.stacks[t];
+    f.thread = t, f.lane = t % 32, f.warp = t / 32, f.stack = s.stacks[slot * threads + t];
+    f.context = &s.contexts[slot * threads + t];
     f.index = dim3(t % s.block_size.x, t / s.block_size.x % s.block_size.y, t / s.block_size.x / s.block_size.y);
     start_fiber(f);
   }
   s.live = threads;
+  adopt(s.scheduler_context);
+  release(&s.begin);
   switch_to(next_ready());
   s.current = nullptr;
   if (s.error.empty() && s.live) {
@@ -261,28 +309,58 @@ inline void run_block(uint64_t index, std::mt19937_64& random, bool shuffled) {
   }
 }
 
+// Shared memory between two guards.
+class Shared {
+ public:
+  explicit Shared(size_t bytes) : bytes_(bytes), all_((bytes + 2 * kGuard + 255) / 256 * 256) {
+    memory_ = static_cast<unsigned char*>(std::aligned_alloc(256, all_));
+    std::memset(memory_, 0xff, all_);  // NaN in every float type
+    poison(memory_, kGuard);
+    poison(data() + bytes_, all_ - kGuard - bytes_);
+  }
+  ~Shared() { std::free(memory_); }
+  Shared(const Shared&) = delete;
+
+  unsigned char* data() const { return memory_ + kGuard; }
+  bool guards_hold() const {
+    unpoison(memory_, all_);
+    for (size_t i = 0; i < kGuard; i++)
+      if (memory_[i] != 0xff || data()[bytes_ + i] != 0xff) return false;
+    return true;
+  }
+
+ private:
+  size_t bytes_, all_;
+  unsigned char* memory_;
+};
+
 inline void run(dim3 grid, dim3 block, size_t shared, std::function<void()> kernel, uint64_t schedule) {
+  Quiet quiet;
   State& s = state();
   const unsigned threads = block.x * block.y * block.z;
   if (threads % 32) throw std::runtime_error("emulator: the block size must be a multiple of 32");
+  if (shared > s.shared_limit)
+    throw std::runtime_error(
+        "emulator: " + std::to_string(shared) + " bytes of shared memory, of " + std::to_string(s.shared_limit));
   s.grid_size = grid, s.block_size = block, s.kernel = std::move(kernel), s.error.clear();
   s.copies_land_at_once = schedule & 1;
   std::mt19937_64 random(schedule);
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   for (uint64_t i = 0; i < blocks.size(); i++) blocks[i] = i;
   if (schedule) std::shuffle(blocks.begin(), blocks.end(), random);
-  while (s.stacks.size() < threads) s.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
-  const size_t bytes = (shared + 2 * kGuard + 255) / 256 * 256;
-  unsigned char* memory = static_cast<unsigned char*>(std::aligned_alloc(256, bytes));
-  s.shared = memory + kGuard;
+  while (s.stacks.size() < kSlots * threads) {
+    s.stacks.push_back(static_cast<char*>(std::malloc(kStack)));
+    s.contexts.push_back(create(s.stacks.back(), kStack));
+  }
+  unsigned slot = 0;
   for (uint64_t b : blocks) {
-    std::memset(memory, 0xff, bytes);  // NaN in every float type
-    run_block(b, random, schedule != 0);
-    for (size_t i = 0; i < kGuard && s.error.empty(); i++)
-      if (memory[i] != 0xff || s.shared[shared + i] != 0xff) s.error = "a write outside shared memory";
+    const Shared memory(shared);
+    s.shared = memory.data();
+    run_block(b, slot++ % kSlots, random, schedule != 0);
+    if (!memory.guards_hold() && s.error.empty()) s.error = "a write outside shared memory";
     if (!s.error.empty()) break;
   }
-  std::free(memory);
+  acquire(&s.end);
   if (!s.error.empty()) throw std::runtime_error("emulator: " + s.error);
 }
 

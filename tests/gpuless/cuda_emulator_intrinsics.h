@@ -6,12 +6,17 @@ inline void __syncthreads() {
   emulator::barrier(0, n.x * n.y * n.z);
 }
 inline void __syncwarp() {
-  emulator::warp_operation("syncwarp", nullptr, [](void**) {});
+  emulator::warp_operation("syncwarp", nullptr, [](void**) {}, true);
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 
 namespace emulator {
+inline uint16_t read(const uint16_t* p) {  // by the CUDA program
+  Loud loud;
+  return *p;
+}
+
 template <class T>
 struct Exchange {
   T value, result;
@@ -89,37 +94,41 @@ T from_float(float v) {
 template <class... Parameters, class... Arguments>
 void launch(
     void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, cudaStream_t schedule, Arguments... arguments) {
-  emulator::run(grid, dim3(threads), shared, [=] { kernel(arguments...); }, schedule);
+  emulator::run(grid, dim3(threads), shared, [=] { kernel(arguments...); }, reinterpret_cast<uintptr_t>(schedule));
 }
 
 inline void bar_sync(int id, int threads) { emulator::barrier(id, threads); }
 
+inline void land(const emulator::Copy& copy) {
+  emulator::Loud loud;
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+}
 inline void cp_async16(void* to, const void* from, int bytes) {
+  emulator::Quiet quiet;
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15)
     emulator::fail("cp.async: misaligned address");
   if (bytes < 0 || bytes > 16) emulator::fail("cp.async: a source size outside 0..16");
   emulator::Copy copy{to, from, bytes};
   if (emulator::state().copies_land_at_once) {
-    std::memset(to, 0, 16);
-    std::memcpy(to, from, bytes);
+    land(copy);
     copy.to = nullptr;  // stays in the queue, so that a missing wait is still seen
   }
   emulator::current()->open.push_back(copy);
 }
 inline void cp_async_commit() {
+  emulator::Quiet quiet;
   emulator::Fiber* me = emulator::current();
   me->groups.push_back(std::move(me->open));
   me->open.clear();
 }
 template <int GROUPS>
 void cp_async_wait() {
+  emulator::Quiet quiet;
   emulator::Fiber* me = emulator::current();
   while (static_cast<int>(me->groups.size()) > GROUPS) {
-    for (const emulator::Copy& c : me->groups.front()) {
-      if (!c.to) continue;
-      std::memset(c.to, 0, 16);
-      std::memcpy(c.to, c.from, c.bytes);
-    }
+    for (const emulator::Copy& copy : me->groups.front())
+      if (copy.to) land(copy);
     me->groups.pop_front();
   }
 }
@@ -140,7 +149,7 @@ void ldmatrix_x4(uint32_t (&registers)[4], const void* row) {
           const int along = l % 4 * 2 + half, across = l / 4;
           const int r = TRANSPOSED ? along : across, c = TRANSPOSED ? across : along;
           const auto* line = static_cast<const uint16_t*>(static_cast<Load*>(all[matrix * 8 + r])->row);
-          packed |= uint32_t{line[c]} << 16 * half;
+          packed |= uint32_t{emulator::read(line + c)} << 16 * half;
         }
         static_cast<Load*>(all[l])->registers[matrix] = packed;
       }

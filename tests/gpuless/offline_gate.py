@@ -3,6 +3,7 @@
 The first call of a dtype and rank goes through all tiles of the tables it meets; the other calls are compiled as launched.
 """
 
+import contextlib
 import math
 import re
 from typing import NamedTuple
@@ -15,9 +16,10 @@ from .offline import CHIPS, Launch, captured, compiled, target
 from .offline_machine import Machine, inspect
 
 COMPILER = f"triton {triton.__version__}"
-# With a few values fewer in registers one more program may fit a multiprocessor; ptxas then stores those that a loop doesn't
-# use once before it and loads them once behind it. In the loops nothing may be spilled.
-STACK = 16
+# With a few values fewer in registers one more program may fit a multiprocessor; ptxas then stores what a loop doesn't use
+# before it and loads it behind it, or loads a value that the loop doesn't change in each round. That much is worth it; a tile
+# that doesn't fit its registers spills hundreds of bytes and dozens of instructions.
+STACK, RELOADS = 16, 1
 
 
 class Build(NamedTuple):
@@ -30,12 +32,23 @@ class Build(NamedTuple):
     wide: bool
 
 
+@contextlib.contextmanager
+def float32_products(precision):
+    """Inside, PyTorch's setting for products of float32 on CUDA is ``precision``."""
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def launches(spec, call, chip, place=None):
     """What a forward and a backward launch on ``chip`` when every gradient is wanted, and the entries of the tables used."""
     arguments = call.case.make(call.dtype, "meta")
     args = spec.leaf_args(arguments)
     wanted = [isinstance(arguments.get(name), torch.Tensor) for name in spec.bwd_outputs]
-    with target(chip), taken(place) as entries, captured() as found:
+    with target(chip), float32_products(call.precision), taken(place) as entries, captured() as found:
         y = spec.fwd.launcher(*args)
         spec.bwd.launcher(*spec.bwd_leaf_args(torch.empty_like(y), args, wanted))
     return found, entries
@@ -87,7 +100,7 @@ def faults(build: Build, chip: str) -> list[str]:
     found = {
         f"{machine.shared} bytes of shared memory, the chip has {limit}": machine.shared > limit,
         f"{machine.stack} bytes of stack": machine.stack > STACK,
-        f"{machine.local} instructions in loops go to local memory": machine.local > 0,
+        f"{machine.local} instructions in loops go to local memory": machine.local > RELOADS,
         "its products use no tensor cores": build.products and not machine.products,
         "no 16-byte loads": build.wide and not machine.wide,
         "no fence.proxy.async between writes to shared memory and tensor cores": machine.unfenced,
@@ -96,9 +109,7 @@ def faults(build: Build, chip: str) -> list[str]:
     return [f"{chip} {build.name}: {fault}" for fault, present in found.items() if present]
 
 
-def rows(found: list[Build]) -> dict:
-    """What the budgets record of the builds."""
-    return {
-        build.name: {"registers": build.machine.registers, "shared": build.machine.shared, "products": build.machine.products}
-        for build in found
-    }
+def row(machine: Machine) -> dict:
+    """What the budgets record of a kernel; ``narrow``: percent of the loaded bytes that don't come in pieces of 16, in tens."""
+    narrow = round(10 - machine.wide / 10) * 10
+    return {"registers": machine.registers, "shared": machine.shared, "narrow": narrow, "products": machine.products}

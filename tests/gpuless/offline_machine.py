@@ -64,7 +64,8 @@ def _read_amd(kernel, shared):
         return int(value)
 
     loads = [AMD_LOAD_BYTES[re.match(r"dwordx\d|[a-z]+", m)[0]] for m in AMD_LOADS.findall(code)]
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    # Scalar registers spill to the lanes of vector registers, or where those are full to the stack, which is reported.
+    spills = field("vgpr_spill_count")
     return Machine(field("vgpr_count"), shared, field("private_segment_fixed_size"), spills, _kind(code), _wide(loads))
 
 

@@ -5,11 +5,11 @@ The interpreter of Triton 3.6 to 3.9 computes bfloat16 wrongly and is silent on 
 * numbers round as on a GPU (strict_interpreter_arithmetic.py): bfloat16 is bfloat16, tf32 products are tf32, ``tl.sum`` adds
   as a tree in its own type, ``tl.maximum`` drops NaN; overflow of int32, also of loop variables and casts, raises;
 * every enabled lane of a load, store or atomic must hit an element of the tensor argument that its pointer came from
-  (strict_interpreter_memory.py), lanes masked off without ``other`` hold poison, and so does what nobody has written;
+  (strict_interpreter_memory.py); lanes masked off without ``other`` hold poison;
 * two programs that touch one element, one of them with a plain store, raise; so do two lanes of one store, a load of what
   the same program stored with no barrier between, and atomic sums of floats, which no order fixes;
 * programs run in a shuffled order, a new one every launch; :func:`reseed` begins a reproducible sequence of orders;
-* a failed ``tl.device_assert`` raises, and so does a grid larger than a GPU takes.
+* a failed ``tl.device_assert`` raises, and so do a false ``tl.multiple_of`` and a grid larger than a GPU takes.
 
 :func:`recorded` notes launches, for :func:`unwritten` to say which elements of an output no program stored.
 :func:`ghosts` runs chosen programs of launches on meta tensors of any size, to find overflow of offsets without memory.
@@ -70,9 +70,10 @@ def _install_memory():
             rest_of = strict_interpreter_memory.poison(dtype, shape, _state.poison)
         else:
             rest_of = np.broadcast_to(other.data, shape).astype(dtype)
-        without = np.broadcast_to(np.asarray(mask.data), shape) & ~backed
         data = memory.load(real, backed, bits(rest_of), np.dtype(np.uint16) if dtype == BFLOAT16 else dtype)
-        data = np.where(without, np.zeros(1, dtype), data.view(BFLOAT16) if dtype == BFLOAT16 else data)
+        data = data.view(BFLOAT16) if dtype == BFLOAT16 else data
+        if _state.choose is not None:
+            data = np.where(np.broadcast_to(np.asarray(mask.data), shape) & ~backed, np.zeros(1, dtype), data)
         return Handle(data, ty)
 
     def store(self, pointers, value, mask, *rest, **options):
@@ -95,7 +96,7 @@ def _install_memory():
     _Builder.create_barrier = lambda self: _state.memory.barrier()
 
 
-def _begin(grid, builder):
+def _begin(grid):
     """Note the grid of a launch and choose its programs and their order. Returns the grid that the interpreter walks."""
     grid = (*grid, 1, 1)[:3]
     for axis, size, limit in zip("xyz", grid, _GRID_LIMITS):
@@ -105,6 +106,20 @@ def _begin(grid, builder):
     programs = range(n) if _state.choose is None else sorted({i for i in _state.choose(n) if 0 <= i < n})
     _state.grid, _state.programs = grid, _state.random.sample(programs, len(programs))
     return (len(programs),)
+
+
+def _wrapped(memory, floats, name, value):
+    """What the kernel gets in place of an argument: for a tensor its Argument, for a number among ``floats`` a float32."""
+    if isinstance(value, tuple):
+        items = [_wrapped(memory, floats, f"{name}[{i}]", item) for i, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, TensorDescriptor):
+        return dataclasses.replace(value, base=_wrapped(memory, floats, name, value.base))
+    if isinstance(value, float) and name in floats:
+        return tl.tensor(Handle(np.array([value], np.float32), tl.float32), tl.float32)
+    if not isinstance(value, torch.Tensor):
+        return value
+    return memory.add(name, getattr(value, "kept_values", value) if value.is_meta else value)
 
 
 def _install_launch():
@@ -120,34 +135,18 @@ def _install_launch():
 
     def args_in(self, args, kwargs):
         _state.memory = memory = Memory()
-        devices = set()
-
-        def wrap(name, value):
-            if isinstance(value, tuple):
-                items = [wrap(f"{name}[{i}]", item) for i, item in enumerate(value)]
-                return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-            if isinstance(value, TensorDescriptor):
-                return dataclasses.replace(value, base=wrap(name, value.base))
-            if isinstance(value, float) and name not in self.constexprs:
-                return tl.tensor(Handle(np.array([value], np.float32), tl.float32), tl.float32)  # as a GPU gets it
-            if not isinstance(value, torch.Tensor):
-                return value
-            return memory.add(name, getattr(value, "kept_values", value) if value.is_meta else value)
-
-        for value in tree_flatten((args, kwargs))[0]:
-            if isinstance(value, torch.Tensor):
-                devices.add(value.device.type)
-            elif isinstance(value, TensorDescriptor):
-                devices.add(value.base.device.type)
+        bases = [getattr(value, "base", value) for value in tree_flatten((args, kwargs))[0]]
+        devices = {base.device.type for base in bases if isinstance(base, torch.Tensor)}
         if "meta" in devices and _state.choose is None:
             raise TypeError("a launch on meta tensors needs ghosts()")
         _state.on_host = stock_in(self, args, kwargs) if devices - {"cpu", "meta"} else None
         args, kwargs = _state.on_host or (args, kwargs)
-        args = [wrap(name, value) for name, value in zip(self.arg_names, args)]
-        wrapped = {name: wrap(name, value) for name, value in kwargs.items()}
+        floats = {name for name in self.arg_names if name not in self.constexprs}
+        args = [_wrapped(memory, floats, name, value) for name, value in zip(self.arg_names, args)]
+        wrapped = {name: _wrapped(memory, floats, name, value) for name, value in kwargs.items()}
         memory.merge()
         stock_grid = self.grid
-        self.grid = lambda meta: _begin(stock_grid(meta) if callable(stock_grid) else stock_grid, self)
+        self.grid = lambda meta: _begin(stock_grid(meta) if callable(stock_grid) else stock_grid)
         _state.constants = {n: v for n, v in kwargs.items() if not isinstance(v, torch.Tensor)}
         _state.poison = _state.random.randrange(3)
         return args, wrapped
@@ -157,31 +156,34 @@ def _install_launch():
             host_args, host_kwargs = _state.on_host
             stock_out(self, args, host_args, kwargs, host_kwargs)
         if _state.records is not None:
-            memory = _state.memory
-            tensors = [argument.tensor for argument in memory.arguments]
-            _state.records.append(
-                Record(self.fn.__name__, _state.grid, _state.constants, tensors, list(memory.stores()))
-            )
+            tensors = [argument.tensor for argument in _state.memory.arguments]
+            stores = list(_state.memory.stores())
+            _state.records.append(Record(self.fn.__name__, _state.grid, _state.constants, tensors, stores))
 
     def call(self, *args, **kwargs):
         _state.patched = set()
         with np.errstate(all="ignore"):  # a NaN or an infinity is no error
             return stock_call(self, *args, **kwargs)
 
+    executor.__call__, executor._init_args_hst, executor._restore_args_dev = call, args_in, args_out
+    _Builder.set_grid_idx = set_index
+
+
+def _install_language():
+    """The stock interpreter patches the language anew at every call of a device function, which takes half of its time."""
+    stock = interpreter._patch_lang
+
     @functools.cache
     def modules(fn):
         return {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
 
     def patch_lang(fn):
-        """The stock interpreter patches the language anew at every call of a device function, which takes half of its time."""
         if modules(fn) <= _state.patched:
             return interpreter._LangPatchScope()
         _state.patched |= modules(fn)
-        return stock_patch(fn)
+        return stock(fn)
 
-    stock_patch, interpreter._patch_lang = interpreter._patch_lang, patch_lang
-    executor.__call__, executor._init_args_hst, executor._restore_args_dev = call, args_in, args_out
-    _Builder.set_grid_idx = set_index
+    interpreter._patch_lang = patch_lang
 
 
 class _InterpreterDriver(DriverBase):
@@ -298,4 +300,5 @@ def install() -> None:
     arithmetic.install()
     _install_memory()
     _install_launch()
+    _install_language()
     triton.runtime.driver.set_active(_InterpreterDriver())

@@ -98,11 +98,10 @@ class Region:
             raise RaceError(f"{kind} by program {program - 1} writes an element of {self.name} from several lanes")
         if kind == "store":
             self.unseen.append(elements)
-        mine = self.touched.setdefault(kind, None)
-        if mine is None:
-            mine = self.touched[kind] = np.zeros(-(-(self.end - self.start) // self.item), np.int32)
-        seen = mine[elements]
-        mine[elements] = np.where((seen == 0) | (seen == program), program, -1)  # -1: several programs
+        if kind not in self.touched:
+            self.touched[kind] = np.zeros(-(-(self.end - self.start) // self.item), np.int32)
+        seen = self.touched[kind][elements]
+        self.touched[kind][elements] = np.where((seen == 0) | (seen == program), program, -1)  # -1: several programs
 
     def _raise_if(self, wrong, elements, program, kind, what):
         if wrong.any():

@@ -1,12 +1,14 @@
 import itertools
+import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from fastadapt.ops import bottleneck, bottleneck_reference
 from fastadapt.ops.bottleneck import ACTIVATIONS, _bwd, _fwd
 
-from ..spec import Bad, Case, Compiled, OpSpec
+from ..spec import Bad, Case, Compiled, Numerics, OpSpec
 
 
 def make(
@@ -38,7 +40,7 @@ def make(
     if hidden_skip:
         arguments["hidden_skip_weight"] = weight(r)
     if ids is not None:
-        arguments["adapter_ids"] = torch.tensor(ids, device=device)
+        arguments["adapter_ids"] = torch.tensor(ids, dtype=torch.int64, device=device)
     return arguments
 
 
@@ -163,9 +165,9 @@ def leaf_args(arguments):
     return bottleneck.arguments(*(arguments.get(name, defaults.get(name)) for name in names))
 
 
-def compiled(dtype, shape, r, quick=(), aligned=True, **options):
+def compiled(dtype, shape, r, quick=(), precision="ieee", aligned=True, **options):
     name = options.pop("name", f"m{shape[0]}-d{shape[1]}-r{r}")
-    return Compiled(case(name, shape=shape, r=r, **options), dtype, quick, aligned)
+    return Compiled(case(name, shape=shape, r=r, **options), dtype, quick, precision, aligned)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -173,7 +175,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPILED = (
     compiled(BF16, (4096, 768), 16, g=5, ids=[0] * 4096, activation="gelu_tanh", name="bank-r16", quick=(90,)),
     compiled(FP16, (4096, 1024), 32, **EVERYTHING),
-    compiled(BF16, (16384, 768), 64, **EVERYTHING, parameters=FP32, quick=(80, 90, 100, "gfx942")),
+    compiled(BF16, (16384, 768), 64, **EVERYTHING, parameters=FP32, quick=(90, 100, "gfx942")),
     compiled(FP16, (4096, 2048), 128, **EVERYTHING, parameters=FP32),
     compiled(BF16, (4096, 4096), 256, **EVERYTHING, quick=(80, 86)),
     compiled(FP32, (4096, 768), 16),
@@ -181,8 +183,99 @@ COMPILED = (
     compiled(FP32, (4096, 768), 64, **EVERYTHING, quick=(80,)),
     compiled(FP32, (4096, 768), 128, activation="gelu_tanh"),
     compiled(FP32, (4096, 768), 256, **EVERYTHING, quick=(120,)),
+    compiled(FP32, (16384, 768), 64, **EVERYTHING, precision="tf32"),
+    compiled(FP32, (4096, 768), 256, **EVERYTHING, precision="tf32"),
     compiled(BF16, (16384, 1024), 64, name="plain-r64", quick=(89,)),
     compiled(FP16, (17, 769), 7, activation="tanh", aligned=False),
+)
+
+
+def rounded(a, unit, points):
+    """The docstring's formula in float64, and its roundings."""
+    shape, ids, scale = a["x"].shape, a.get("adapter_ids"), a["scale"]
+    x = a["x"].reshape(-1, shape[-1])
+    value, gradient = (points.value, points.gradient) if unit != "vector" else (lambda t: t,) * 2
+    nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+    if ids is None:
+        product, bias = F.linear, lambda name: a.get(name, nothing)
+    else:
+        ids = ids.reshape(ids.shape + (1,) * (len(shape) - 1 - ids.dim())).expand(shape[:-1]).flatten()
+        product = lambda t, weight: torch.einsum("mi,moi->mo", t, weight[ids.clamp(min=0)])  # noqa: E731
+        bias = lambda name: a[name][ids.clamp(min=0)] if name in a else nothing  # noqa: E731
+
+    down, up = a["down_weight"], a["up_weight"]
+    if "norm_weight" in a:
+        n, shift = F.layer_norm(x, shape[-1:], eps=a.get("norm_eps", 1e-5)), a.get("norm_bias", nothing)
+        if unit == "amx":
+            z = product(value(n), value(down * a["norm_weight"])) + product(shift.expand(x.shape), down)
+        else:
+            z = product(value(n * a["norm_weight"] + shift), value(down))
+    else:
+        z = product(x, value(down))
+    z = gradient(z) + bias("down_bias")
+    hidden = ACTIVATIONS[a["activation"]](z)
+    hidden = value(hidden + a["hidden_skip_weight"] * z if "hidden_skip_weight" in a else hidden)
+
+    # The gradients of up_weight and of hidden come from products of their own, with roundings of their own.
+    factor = scale.detach() if isinstance(scale, torch.Tensor) else scale
+    channels = isinstance(scale, torch.Tensor) and scale.dim() == 1
+    if unit == "amx":
+        back = product(hidden, value((factor[:, None] if channels else factor) * up).detach())
+    else:
+        back = product(hidden, value(up).detach())
+        back = factor * (gradient(back) if channels else back)
+    y = points.also(scale * (product(hidden.detach(), value(up)) + bias("up_bias")), back)
+    y = y + a["skip_weight"] * x if "skip_weight" in a else y
+    if ids is not None:
+        y = torch.where((ids >= 0)[:, None], y, 0.0)
+    return y.view(shape) if a.get("residual") is None else a["residual"] + y.view(shape)
+
+
+def predicted(a, unit):
+    """What ``rounded`` predicts to the bit. On matrix units a rounded norm moves too many hidden values over the edge for the
+    gradients, and those of biases may be sums of rounded terms."""
+    if a["down_weight"].dtype != a["x"].dtype or (unit != "vector" and "norm_weight" in a):
+        return ("y",)
+    if unit != "vector":
+        return ("y", "x", *WEIGHTS)
+    return ("y", "x", *WEIGHTS, "down_bias", "up_bias", "norm_weight", "norm_bias", "skip_weight", "hidden_skip_weight")
+
+
+def fuzz(draw, st):
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    leading = pick((0,), (1,), (2,), (3, 5), (16,), (17,), (2, 3, 5), (33,), (64,), (5, 19), (130,))
+    g, ids = pick(None, None, 1, 3), None
+    if g is not None:
+        n = math.prod(leading) if draw(st.booleans()) else leading[0]
+        ids = draw(st.lists(st.integers(-1, g - 1), min_size=n, max_size=n))
+        if n != leading[0]:
+            ids = torch.tensor(ids).view(leading).tolist()
+    norm = pick(None, None, "weight", "bias")
+    return case(
+        "fuzz",
+        shape=(*leading, pick(*((2,) if norm else (1, 2)), 3, 8, 15, 16, 31, 40, 63, 65, 96)),
+        r=pick(1, 2, 5, 8, 16, 17, 24, 33, 64), g=g, ids=ids, residual=pick("x", "other", "none"),
+        scale=pick(0.5, 1.0, "0-d", "channel"), activation=pick(*ACTIVATIONS), bias=draw(st.booleans()), norm=norm,
+        skip=draw(st.booleans()), hidden_skip=draw(st.booleans()), parameters=pick(None, None, torch.float32),
+    )  # fmt: skip
+
+
+WEIGHTS = ("down_weight", "up_weight")
+NUMERICS = Numerics(
+    rounded=rounded,
+    predicted=predicted,
+    exact=(
+        case("integers", shape=(33, 65), r=17, scale=2.0, skip=True, hidden_skip=True),
+        case("integers-in-a-bank", shape=(2, 6, 40), r=8, g=4, ids=[TOKENS[:6], TOKENS[6:]], scale="channel", residual="other"),
+    ),
+    rows=("adapter_ids",),
+    alone={"native": 128},
+    paths=(
+        case("rows", shape=(130, 70), r=20, **EVERYTHING),
+        case("columns-of-few-rows", shape=(40, 300), r=17, scale="channel", skip=True, activation="gelu"),
+        case("columns-of-some-rows", shape=(270, 1500), r=132, residual="other", scale="0-d", activation="silu"),
+    ),
+    fuzz=fuzz,
 )
 
 
@@ -202,6 +295,7 @@ SPEC = OpSpec(
     bench=tuple(bench(m, d, r) for d, r, m in itertools.product((384, 768, 1024, 4096), (8, 16, 48, 64), (32, 128, 512, 2048))),
     bench_cuda=tuple(bench(m, d, r) for d, r, m in itertools.product((768, 4096), (16, 64, 256), (512, 4096, 16384))),
     bad=BAD,
+    numerics=NUMERICS,
     compiled=COMPILED,
     huge=(
         case("bank-of-sequences", shape=(2100, 1024, 1024), r=16, g=3, ids=[i % 4 - 1 for i in range(2100)], **EVERYTHING),

@@ -1,7 +1,6 @@
 """Compile every kernel for every chip and write the budgets. Takes about a quarter of an hour of one core."""
 
-from tests.specs import SPECS
-
+from ...specs import SPECS
 from .. import cuda_budget, offline_gate
 from ..offline import CHIPS
 from . import write
@@ -12,8 +11,8 @@ def main():
         measured = {}
         for chip in CHIPS:
             print(f"{op}: Triton for {chip}", flush=True)
-            for name, row in offline_gate.rows(offline_gate.builds(spec, chip, spec.compiled)[0]).items():
-                measured.setdefault(name, {})[chip] = row
+            for build in offline_gate.builds(spec, chip, spec.compiled)[0]:
+                measured.setdefault(build.name, {})[chip] = offline_gate.row(build.machine)
         write(f"{op}.triton", offline_gate.COMPILER, measured)
     for source in cuda_budget.SOURCES:
         print(f"{source.name}: nvcc", flush=True)

@@ -2,11 +2,19 @@
 
 import numpy as np
 
-from .parser import Pair, Vector
 from .values import (
-    INTEGERS, TYPES, Modifiers, bf16_to_float, bits_of, float_to_bf16, flush, immediate_integer_operand, items, operands, reader,
+    INTEGERS,
+    TYPES,
+    Modifiers,
+    bf16_to_float,
+    bits_of,
+    float_to_bf16,
+    flush,
+    immediate_integer_operand,
+    operands,
+    reader,
     writer,
-)  # fmt: skip
+)
 
 DECODERS = {}
 
@@ -230,7 +238,7 @@ def decode_extract(ins):
     m.done()
     target, value, first, length = operands(ins, 4)
     first, length = (immediate_integer_operand(o, ins) for o in (first, length))
-    if not (0 <= first and 0 < length and first + length <= 32):
+    if not (first >= 0 and length > 0 and first + length <= 32):
         m.refuse("bits outside the word")
     write, a = writer(target, kind, ins), reader(value, kind, ins)
     up, down = TYPES[kind](32 - length - first), TYPES[kind](32 - length)
@@ -244,7 +252,7 @@ def decode_insert(ins):
     m.done()
     target, value, base, first, length = operands(ins, 5)
     first, length = (immediate_integer_operand(o, ins) for o in (first, length))
-    if not (0 <= first and 0 < length and first + length <= 32):
+    if not (first >= 0 and length > 0 and first + length <= 32):
         m.refuse("bits outside the word")
     field = np.uint32(((1 << length) - 1) << first)
     write, a, b = writer(target, "b32", ins), reader(value, "b32", ins), reader(base, "b32", ins)
@@ -304,9 +312,9 @@ ORDERED = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greate
 @instruction("setp")
 def decode_compare(ins):
     m = Modifiers(ins)
-    kind = m.kind("f32", *INTEGERS, "b16", "b32", "b64")
-    m.flag("ftz")  # a comparison with a subnormal number
-    if kind == "f32":
+    kind = m.kind("f32", "f16", "bf16", *INTEGERS, "b16", "b32", "b64")
+    floating = kind in ("f32", "f16", "bf16")
+    if floating:
         name = m.one_of(*ORDERED, *(f"{n}u" for n in ORDERED), "nan", "num")
     else:
         name = m.one_of(*(("eq", "ne") if kind[0] == "b" else ORDERED))
@@ -316,10 +324,12 @@ def decode_compare(ins):
         function = unordered if name == "nan" else lambda a, b: ~unordered(a, b)
     elif name.endswith("u"):
         function = lambda a, b: ORDERED[name[:-1]](a, b) | unordered(a, b)  # noqa: E731
-    elif name == "ne" and kind == "f32":
+    elif name == "ne" and floating:
         function = lambda a, b: (a != b) & ~unordered(a, b)  # noqa: E731
     else:
         function = ORDERED[name]
+    if kind == "bf16":
+        return compute(ins, kind, lambda a, b: function(bf16_to_float(a), bf16_to_float(b)), 3, "pred")
     return compute(ins, kind, function, 3, "pred")
 
 

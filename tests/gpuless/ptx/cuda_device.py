@@ -1,7 +1,6 @@
 """CUDA sources on a simulated GPU: their host side runs here, and the kernels that it launches run as the PTX of nvcc."""
 
 import ctypes
-import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch.utils.cpp_extension import include_paths
 
 from ..emulated import CUDA, FLAGS
 from ..stable import ABI, Builder, Module
-from . import machine
+from .machine import Launch
 from .memory import Memory
 from .parser import entries
 
@@ -37,25 +36,24 @@ def demangled(names: list[str]) -> list[str]:
 
 
 class CudaDevice:
-    """``call(leaf, kinds, values, outputs)`` for the leaves of csrc/cuda/<op>.cu, and the kernels of the last such call.
+    """``call(leaf, kinds, values, outputs)`` for the leaves of csrc/cuda/<op>.cu, as :func:`..stable.install` wants.
 
-    ``change`` may edit the PTX of a kernel before it runs.
+    ``arch`` is what nvcc compiles for, ``settings`` are those of :class:`..stable.Module`, ``run`` gets each launch.
     """
 
-    def __init__(self, folder: Path, op: str, sources: Path = CUDA):
-        flags = ("-I", HOST, *FLAGS, "-O0", "-Wl,--wrap=free,--wrap=posix_memalign")
-        builder = Builder(folder, *flags)
-        library = builder.module(builder.compile(sources / f"{op}.cu"))
+    def __init__(self, op: str, sources: Path = CUDA):
+        self.builder = Builder("-I", HOST, "-O0", "-Wl,--wrap=free,--wrap=posix_memalign")  # keeps the library
+        library = self.builder.module(self.builder.compile(sources / f"{op}.cu", *FLAGS))
         self.source, self.module, self.ptx = sources / f"{op}.cu", Module(library), {}
-        symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
-        self.kernels = {int(at, 16): name for at, _, name in (line.split(" ", 2) for line in symbols.splitlines() if line[0] != " ")}
+        symbols = subprocess.run(["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True).stdout
         for ours, theirs in NAMES.items():
-            self.kernels = {at: name.replace(ours, theirs) for at, name in self.kernels.items()}
+            symbols = symbols.replace(ours, theirs)
+        self.kernels = {int(at, 16): name for at, _, name in (line.split(" ", 2) for line in symbols.splitlines())}
         self.hooks = LAUNCH(self.launch), ALLOCATE(self.allocate), OWNS(self.owns)
         shared_object = ctypes.CDLL(str(library))
         for name, hook in zip(("simulator_launch", "simulator_allocate", "simulator_owns"), self.hooks):
             ctypes.c_void_p.in_dll(shared_object, name).value = ctypes.cast(hook, ctypes.c_void_p).value
-        self.arch, self.change, self.settings, self.memory, self.error = 80, None, {}, None, None
+        self.arch, self.run, self.settings, self.memory, self.error = 80, Launch.run, {}, None, None
 
     def entry(self, name: str) -> tuple[str, str]:
         """PTX and the name in it of the kernel that the host calls ``name``."""
@@ -67,9 +65,9 @@ class CudaDevice:
         return ptx, names[name]
 
     def __call__(self, leaf, kinds, values, outputs):
-        self.memory, self.error, self.launched = Memory(), None, []
+        self.memory, self.error = Memory(), None
         values = [self.placed(v, i) if isinstance(v, np.ndarray) else v for i, v in enumerate(values)]
-        results = list(self.module.with_settings(**self.settings)(leaf, kinds, values, outputs))
+        results = list(self.module.with_settings(cuda=1, **self.settings)(leaf, kinds, values, outputs))
         if self.error:
             raise self.error
         return results
@@ -101,9 +99,6 @@ class CudaDevice:
             arguments = [content[a:b] for a, b in zip(ends, ends[1:])]
             name = self.kernels[kernel]
             ptx, entry = self.entry(name)
-            self.launched.append(name)
-            if self.change:
-                ptx = self.change(name, ptx)
-            machine.launch(ptx, entry, self.memory, (x, y, z), threads, shared, arguments)
+            self.run(Launch(ptx, entry, self.memory, (x, y, z), threads, shared, arguments))
         except Exception as error:  # no exception can pass through the host's code
             self.error = error

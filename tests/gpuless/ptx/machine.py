@@ -1,14 +1,15 @@
 """Runs a kernel: which lanes execute which instructions, barriers, and the end of a launch."""
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
-from . import matrix, memory, moves  # noqa: F401  their instructions join DECODERS
+from . import matrix, moves  # their instructions join DECODERS
 from .arithmetic import DECODERS
 from .hazards import Hazards
-from .memory import VALID, Copies, Memory
-from .parser import Fault, Kernel, Label, Negated, Refused, parse
+from .memory import Copies, Memory
+from .parser import Fault, Kernel, Label, Refused, parse
 from .values import IN_FLIGHT, STORAGE, UNWRITTEN, Modifiers, operands, reader
 
 LANES = 1 << 14  # at once
@@ -100,8 +101,7 @@ class State:
         self.registers = [UNWRITTEN] * len(code.kernel.widths)
         thread, block = np.tile(np.arange(threads), self.count), np.repeat(blocks, threads)
         self.lane, self.warp_start = thread % 32, np.arange(lanes) // 32 * 32
-        self.warp = (block * (threads // 32) + thread // 32 + 1).astype(np.int32)
-        self.block_numbers = np.asarray(blocks) + 1
+        self.number = block * threads + thread  # through the whole launch
         unsigned = lambda values: np.broadcast_to(np.asarray(values, np.uint32), self.shape).copy()  # noqa: E731
         self.special = {"%laneid": unsigned(self.lane)}
         for axis, size, before in zip("xyz", grid, (1, grid[0], grid[0] * grid[1])):
@@ -128,10 +128,10 @@ class State:
 
     def note(self, addresses, size, lanes, values, text):
         """An access: a store of ``values``, or a load if there are none."""
-        warps = self.warp if lanes is None else self.warp[lanes]
-        self.hazards.note(addresses.astype(np.int64), size, warps, values, text)
+        numbers = self.number if lanes is None else self.number[lanes]
+        self.hazards.note(addresses.astype(np.int64), size, numbers, values, text)
         if values is not None and self.matrices:
-            self.matrices.stored(addresses, size, warps, text)
+            self.matrices.stored(addresses, size, numbers // 32, text)
 
     def run(self):
         """The lanes furthest behind run first, so that those which parted meet again."""
@@ -165,7 +165,7 @@ class State:
                 if mask is None:
                     self.hazards.barrier()
                 else:
-                    moves.warps(self, mask, text)
+                    moves.whole_warps(mask, text)
                     waiting |= mask
             else:
                 target = end if finish is LEAVES else finish
@@ -194,37 +194,53 @@ class State:
         first = np.where(stopped, where, -1).max(1, keepdims=True)
         if ((where != first) & stopped).any():
             raise Fault("threads of one block wait at different barriers")
-        blocks = stopped.any(1)
-        if (blocks & ~stopped.all(1)).any():
+        if (stopped.any(1) & ~stopped.all(1)).any():
             raise Fault("some threads wait at a barrier that others of their block never reach")
+        met = self.number[waiting]
         waiting[:] = False
-        self.hazards.barrier(self.block_numbers[blocks])
+        self.hazards.barrier(met)
 
 
-def launch(ptx, name, memory: Memory, grid, threads: int, shared: int, arguments: list[bytes], limit: int | None = None):
-    """Run one launch. ``arguments``: the bytes of each parameter; those that the host leaves out at the end are null."""
-    code = load(ptx, name)
-    kernel = code.kernel
-    if kernel.threads is not None and (threads > kernel.threads or kernel.exact_threads and threads != kernel.threads):
-        raise Fault(f"{kernel.name} is compiled for {kernel.threads} threads, not {threads}")
-    if threads % 32 or len(arguments) > len(kernel.parameters):
-        raise Fault(f"{kernel.name}: {threads} threads, {len(arguments)} arguments for {len(kernel.parameters)}")
-    packed = bytearray(kernel.parameter_bytes)
-    for argument, (size, offset) in zip(arguments, kernel.parameters):
-        if len(argument) != size:
-            raise Fault(f"{kernel.name}: an argument of {len(argument)} bytes for a parameter of {size}")
-        packed[offset : offset + size] = argument
-    parameters = memory.add(len(packed), f"the parameters of {kernel.name}")
-    memory.data[parameters : parameters + len(packed)] = np.frombuffer(bytes(packed), np.uint8)
-    hazards = Hazards(memory, threads // 32)
-    total = grid[0] * grid[1] * grid[2]
-    at_once = 1 if code.matrices else max(1, LANES // threads)
-    try:
-        with np.errstate(all="ignore"):
-            for start in range(0, total, at_once):
-                blocks = np.arange(start, min(start + at_once, total))
-                State(code, memory, hazards, parameters, threads, blocks, grid, kernel.shared_bytes + shared).run()
-                hazards.barrier()
-            hazards.launch_ends()
-    except Fault as fault:
-        raise Fault(f"{kernel.name}: {fault}") from None
+class Launch(NamedTuple):
+    """A launch, ready to run. ``arguments``: the bytes of each parameter; those left out at the end are null."""
+
+    ptx: str
+    name: str | None
+    memory: Memory
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int  # bytes of dynamic shared memory
+    arguments: list[bytes]
+
+    def run(self):
+        code = load(self.ptx, self.name)
+        memory, parameters = self.memory, self.place_arguments(code.kernel)
+        hazards = Hazards(memory, self.threads)
+        # Blocks side by side share one set of registers, which wgmma, slow to write, would hold for all of them.
+        at_once = 1 if code.matrices else max(1, LANES // self.threads)
+        total = self.grid[0] * self.grid[1] * self.grid[2]
+        shared = code.kernel.shared_bytes + self.shared
+        try:
+            with np.errstate(all="ignore"):
+                for start in range(0, total, at_once):
+                    blocks = np.arange(start, min(start + at_once, total))
+                    State(code, memory, hazards, parameters, self.threads, blocks, self.grid, shared).run()
+                    hazards.barrier()
+                hazards.launch_ends()
+        except Fault as fault:
+            raise Fault(f"{code.kernel.name}: {fault}") from None
+
+    def place_arguments(self, kernel):
+        threads, arguments = self.threads, self.arguments
+        if kernel.threads is not None and (threads > kernel.threads or kernel.exact_threads and threads != kernel.threads):
+            raise Fault(f"{kernel.name} is compiled for {kernel.threads} threads, not {threads}")
+        if threads % 32 or len(arguments) > len(kernel.parameters):
+            raise Fault(f"{kernel.name}: {threads} threads, {len(arguments)} arguments for {len(kernel.parameters)}")
+        packed = bytearray(kernel.parameter_bytes)
+        for argument, (size, offset) in zip(arguments, kernel.parameters):
+            if len(argument) != size:
+                raise Fault(f"{kernel.name}: an argument of {len(argument)} bytes for a parameter of {size}")
+            packed[offset : offset + size] = argument
+        start = self.memory.add(len(packed), f"the parameters of {kernel.name}")
+        self.memory.data[start : start + len(packed)] = np.frombuffer(bytes(packed), np.uint8)
+        return start

@@ -9,7 +9,7 @@ import numpy as np
 
 from .arithmetic import instruction
 from .memory import places
-from .moves import warps
+from .moves import whole_warps
 from .parser import Fault, Immediate, Refused, Vector
 from .values import IN_FLIGHT, Modifiers, address_reader, bf16_to_float, items, operands, reader, writer
 
@@ -67,10 +67,11 @@ def decode_mma(ins):
     if [len(target), len(left), len(right), len(added)] != [4, 4, 2, 4]:
         m.refuse("operands")
     writes = [writer(t, "f32", ins) for t in target]
-    a, b, c = [reader(x, "b32", ins) for x in left], [reader(x, "b32", ins) for x in right], [reader(x, "f32", ins) for x in added]
+    a, b = [reader(x, "b32", ins) for x in left], [reader(x, "b32", ins) for x in right]
+    c = [reader(x, "f32", ins) for x in added]
 
     def step(state, mask):
-        warps(state, mask, ins.text)
+        whole_warps(mask, ins.text)
         word = lambda read: np.broadcast_to(read(state), state.shape)  # noqa: E731
         product = np.matmul(left_fragments([word(r) for r in a], kind), right_fragments([word(r) for r in b], kind))
         sums = [part + read(state) for part, read in zip(product_registers(product), c)]
@@ -105,7 +106,7 @@ def decode_load_matrix(ins):
         raise Refused(ins.text)
 
     def step(state, mask):
-        warps(state, mask, ins.text)
+        whole_warps(mask, ins.text)
         rows, lanes = rows_of_matrices(state, read, count, mask)
         slots = state.memory.slots(rows, 16, ins.text)
         state.note(rows, 16, lanes, None, ins.text)
@@ -132,7 +133,7 @@ def decode_store_matrix(ins):
         raise Refused(ins.text)
 
     def step(state, mask):
-        warps(state, mask, ins.text)
+        whole_warps(mask, ins.text)
         rows, lanes = rows_of_matrices(state, read, count, mask)
         slots = state.memory.slots(rows, 16, ins.text)
         words = np.stack([r(state) if mask is None else r(state)[mask] for r in reads]).reshape(count, -1, 8, 4)
@@ -152,7 +153,12 @@ def decode_warp_barrier(ins):
     m.done()
     if operands(ins, 1) != (Immediate("-1"),):
         m.refuse("a part of a warp")
-    return lambda state, mask: warps(state, mask, ins.text) and None
+
+    def step(state, mask):
+        whole_warps(mask, ins.text)
+        state.hazards.warp_barrier(None if mask is None else state.number[mask])
+
+    return step
 
 
 @instruction("fence")
@@ -232,18 +238,18 @@ class Asynchronous:
         self.results, self.unfinished = {}, {}  # by register: the value to come, and how many products write it
         self.ordered = {}  # by register: the value that the last wgmma.fence saw
 
-    def stored(self, addresses, size, warps_, text):
+    def stored(self, addresses, size, warps, text):
         inside = addresses >= self.start_address
         cells = (addresses[inside].astype(np.int64) - self.start_address >> 1)[:, None] + np.arange(max(1, size // 2))
         if self.reading[cells].any():
             raise Fault(f"store to shared memory that an unfinished wgmma reads: {text}")
-        self.unfenced[cells] = np.asarray(warps_)[inside][:, None]
+        self.unfenced[cells] = warps[inside][:, None] + 1
 
     def fence(self, mask):
         if mask is None:
             self.unfenced[:] = 0
         else:
-            self.unfenced[np.isin(self.unfenced, self.state.warp[mask])] = 0
+            self.unfenced[np.isin(self.unfenced, self.state.number[mask] // 32 + 1)] = 0
 
     def matrix(self, descriptors, rows, kind, transposed, rows_of_a_warp, text):
         """(groups of four warps, rows, depth) as descriptors say, and the cells where it lies.
@@ -274,11 +280,11 @@ class Asynchronous:
         return np.stack(matrices), np.concatenate(all_cells)
 
     def note(self, addresses, row, rows_of_a_warp, group, text):
-        first = self.state.warp[group * 128]
+        first = self.state.number[group * 128]
         for warp in range(4):
             mine = addresses if rows_of_a_warp is None else addresses[row // rows_of_a_warp == warp]
             lines = np.unique(mine.ravel() >> 4) << 4  # layouts move 16 bytes at a time
-            self.state.hazards.note(lines, 16, np.full(len(lines), first + warp, np.int32), None, text)
+            self.state.hazards.note(lines, 16, np.full(len(lines), first + 32 * warp), None, text, asynchronous=True)
 
     def order(self):
         """wgmma.fence: what other instructions wrote to registers is there for the products that follow."""

@@ -12,15 +12,15 @@ from .parser import Fault
 from .values import TYPES, Modifiers, address_reader, bits_of, immediate_integer_operand, items, operands, reader, writer
 
 OUTSIDE, COPYING, VALID = 0, 1, 0xFF  # the state of a byte; COPYING: a cp.async that nobody has waited for writes it
-GUARD = 1 << 20  # between buffers
+GUARD = 1 << 16  # between buffers
 SHARED_GUARD = 1 << 12  # between the shared memories of blocks
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Memory:
     def __init__(self, size: int = 1 << 28):
-        self.data, self.state = np.zeros(size + GUARD, np.uint8), np.zeros(size, np.uint8)
-        self.data = self.data[-self.data.ctypes.data % GUARD :][:size]
+        aligned = np.zeros(size + (1 << 20), np.uint8)
+        self.data, self.state = aligned[-aligned.ctypes.data % (1 << 20) :][:size], np.zeros(size, np.uint8)
         self.origin = self.data.ctypes.data
         self.buffers, self.next = [], GUARD
         self.shared_start = size // 2
@@ -35,6 +35,15 @@ class Memory:
         self.data[start : start + size] = 0xFF
         self.state[start : start + size] = VALID
         return start
+
+    def snapshot(self):
+        """What ``restore`` needs: contents and states of the buffers."""
+        return self.data[: self.next].copy(), self.state[: self.next].copy(), list(self.buffers)
+
+    def restore(self, snapshot):
+        data, state, buffers = snapshot
+        self.next, self.buffers = len(data), list(buffers)
+        self.data[: self.next], self.state[: self.next] = data, state
 
     def forbid(self, start: int, size: int):
         self.state[start : start + size] = OUTSIDE

@@ -4,9 +4,7 @@ import numpy as np
 
 from .arithmetic import instruction
 from .parser import Fault, Pair, Vector
-from .values import (
-    DISCARD, INTEGERS, TYPES, Modifiers, bf16_to_float, bits_of, float_to_bf16, items, operands, reader, writer,
-)  # fmt: skip
+from .values import DISCARD, INTEGERS, TYPES, Modifiers, bf16_to_float, bits_of, float_to_bf16, items, operands, reader, writer
 
 
 @instruction("mov")
@@ -119,15 +117,9 @@ def decode_address_space(ins):
     return lambda state, mask: write(state, read(state) + state.shared_base + state.origin, mask)
 
 
-def warps(state, mask, text):
-    """Whether each warp takes part; a part of a warp must not."""
-    if mask is None:
-        return None
-    by_warp = mask.reshape(-1, 32)
-    present = by_warp.any(1)
-    if (present != by_warp.all(1)).any():
-        raise Fault(f"{text}: only a part of a warp arrives")
-    return present
+def whole_warps(mask, text):
+    if mask is not None and (lanes := mask.reshape(-1, 32).sum(1) % 32).any():
+        raise Fault(f"{text}: only {lanes.max()} lanes of a warp arrive")
 
 
 @instruction("shfl")
@@ -143,8 +135,10 @@ def decode_shuffle(ins):
     write_inside, bound, who = writer(inside, "pred", ins), reader(clamp, "u32", ins), reader(members, "u32", ins)
 
     def step(state, mask):
-        warps(state, mask, ins.text)
-        if np.any(who(state) != np.uint32(0xFFFFFFFF)) or np.any(bound(state) != (0 if mode == "up" else 31)):
+        whole_warps(mask, ins.text)
+        taking = True if mask is None else mask
+        wrong = (who(state) != np.uint32(0xFFFFFFFF)) | (bound(state) != (0 if mode == "up" else 31))
+        if np.any(wrong & taking):
             m.refuse("shfl within a part of a warp")
         lane, offset = state.lane, np.asarray(source(state)).astype(np.int64) & 31
         other = {"bfly": lane ^ offset, "idx": offset + 0 * lane, "up": lane - offset, "down": lane + offset}[mode]
@@ -166,8 +160,8 @@ def decode_match(ins):
     write, read, who = writer(target, "b32", ins), reader(value, "b32", ins), reader(members, "u32", ins)
 
     def step(state, mask):
-        warps(state, mask, ins.text)
-        if np.any(who(state) != np.uint32(0xFFFFFFFF)):
+        whole_warps(mask, ins.text)
+        if np.any((who(state) != np.uint32(0xFFFFFFFF)) & (True if mask is None else mask)):
             m.refuse("match within a part of a warp")
         values = np.broadcast_to(read(state), state.lane.shape).reshape(-1, 32)
         equal = values[:, :, None] == values[:, None, :]

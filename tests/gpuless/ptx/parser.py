@@ -81,7 +81,7 @@ class Kernel:
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32,
           "b64": 64, "u64": 64, "s64": 64, "f64": 64}  # fmt: skip
 ENTRY = r"\.entry\s+(%s)\s*\("
-LABEL = re.compile(r"\s*([$A-Za-z_][\w$]*):(?!:)")
+STATEMENT = re.compile(r"\s*(?:([{}])|([$\w]+):(?!:)|([^;]*);)")
 IMMEDIATE = re.compile(r"-?\d+|-?0[xX][0-9a-fA-F]+|0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
 DYNAMIC_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]\s*;")
 
@@ -123,18 +123,20 @@ class Parser:
     """One kernel of a module."""
 
     def __init__(self, ptx: str, name: str | None = None):
-        ptx = re.sub(r"/\*.*?\*/", "", re.sub(r"//[^\n]*", "", ptx), flags=re.DOTALL)
-        ptx = re.sub(r"(?m)^\s*\.(?:loc|file)\s[^\n]*$", "", ptx)
-        found = re.search(ENTRY % (re.escape(name) if name else r"[\w$]+"), ptx)
+        self.dynamic = DYNAMIC_SHARED.findall(ptx)
+        entry = re.compile(ENTRY % (re.escape(name) if name else r"[\w$]+"))
+        found = entry.search(ptx)
         if not found:
             raise Refused(f"the PTX has no kernel {name}")
+        another = ptx.find(".entry", found.end()) % (len(ptx) + 1)
+        ptx = re.sub(r"(?m)//[^\n]*|^\s*\.(?:loc|file)\s[^\n]*$", "", ptx[found.start() : another])
+        found = entry.search(ptx)
         self.name, self.symbols, self.scopes, self.widths = found[1], {}, [{}], []
         self.instructions, self.labels, self.shared_bytes = [], {}, 0
         end = bracketed(ptx, found.end() - 1, "()")
         self.parameters = self.read_parameters(ptx[found.end() : end])
         body = ptx.index("{", end)
         self.read_directives(ptx[end + 1 : body])
-        self.dynamic = DYNAMIC_SHARED.findall(ptx)
         self.read_body(ptx[body + 1 : bracketed(ptx, body, "{}")])
 
     def kernel(self) -> Kernel:
@@ -176,7 +178,7 @@ class Parser:
     def read_body(self, text):
         """Statements end with a semicolon; a brace where a statement could begin opens or closes a scope of registers."""
         position = 0
-        while match := re.compile(r"\s*(?:([{}])|([$\w]+):(?!:)|([^;]*);)").match(text, position):
+        while match := STATEMENT.match(text, position):
             brace, label, statement = match.groups()
             if brace:
                 self.scopes.append({}) if brace == "{" else self.scopes.pop()

@@ -7,7 +7,7 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 from .. import offline
-from . import machine
+from .machine import Launch
 from .memory import Memory
 
 SCALARS = {
@@ -66,11 +66,9 @@ def same(planned, actual):
     return type(planned) is type(actual) and planned == actual
 
 
-def run_launch(planned, args, change):
-    """The launch that was captured on meta tensors, on the tensors ``args``."""
-    kernel = offline.compiled(planned)
-    memory = Memory()
-    buffers = Buffers(memory)
+def prepared(planned, args):
+    """The launch that was captured on meta tensors, on the tensors ``args``, and its buffers."""
+    kernel, buffers = offline.compiled(planned), Buffers(Memory())
     values = dict(zip(planned.kernel.arg_names, args)) | planned.kwargs
     arguments = []
     for name, kind in kernel.src.signature.items():
@@ -82,26 +80,25 @@ def run_launch(planned, args, change):
             arguments.append(struct.pack("<" + SCALARS[kind], values[name]))
         else:
             raise NotImplementedError(f"{planned.name}: argument {name} of type {kind}")
-    grid = (*planned.grid, 1, 1)[:3]
-    metadata = kernel.metadata
-    ptx = change(planned.name, kernel.asm["ptx"])
-    machine.launch(ptx, metadata.name, memory, grid, metadata.num_warps * 32, metadata.shared, arguments)
-    buffers.copy_back()
+    grid, about = (*planned.grid, 1, 1)[:3], kernel.metadata
+    return Launch(kernel.asm["ptx"], about.name, buffers.memory, grid, about.num_warps * 32, about.shared, arguments), buffers
 
 
 @contextlib.contextmanager
-def executed(planned, change):
+def executed(planned, run):
     """Inside, ``kernel[grid](...)`` runs as the next of the ``planned`` launches."""
     remaining, stock = list(planned), KernelInterface.__getitem__
 
-    def run(kernel, grid, args, kwargs):
+    def execute(kernel, grid, args):
         assert remaining, f"{kernel.fn.__name__} is launched on the CPU, not on meta tensors"
         plan = remaining.pop(0)
         assert plan.kernel is kernel and plan.grid == grid and len(plan.args) == len(args), f"{plan} and {kernel} {grid}"
         assert all(map(same, plan.args, args)), f"{plan.name}: {plan.args} and {args}"
-        run_launch(plan, args, change)
+        launch, buffers = prepared(plan, args)
+        run(launch)
+        buffers.copy_back()
 
-    KernelInterface.__getitem__ = lambda kernel, grid: lambda *a, **k: run(kernel, grid, a, k)
+    KernelInterface.__getitem__ = lambda kernel, grid: lambda *a, **k: execute(kernel, grid, a)
     try:
         yield
         assert not remaining, f"launched on meta tensors only: {remaining}"
@@ -109,25 +106,19 @@ def executed(planned, change):
         KernelInterface.__getitem__ = stock
 
 
-def implementation(leaf, arch, change):
+def implementation(leaf, arch, run):
     def call(*args):
         with offline.target(arch):
             with offline.captured() as planned:
                 leaf.launcher(*on_meta(args))
-            with executed(planned, change):
+            with executed(planned, run):
                 return leaf.launcher(*args)
 
     return call
 
 
-@contextlib.contextmanager
-def installed(spec, arch: int, change=lambda name, ptx: ptx):
-    """Inside, backend="triton" of the op runs on the CPU as PTX for ``arch``; ``change`` may edit the PTX of a kernel."""
-    stock = [(leaf, leaf.triton, leaf.available) for leaf in (spec.fwd, spec.bwd)]
-    for leaf, _, available in stock:
-        leaf.triton, leaf.available = implementation(leaf, arch, change), available | {("triton", "cpu")}
-    try:
-        yield
-    finally:
-        for leaf, leaf.triton, leaf.available in stock:  # noqa: B020
-            pass
+def install(monkeypatch, spec, arch: int, run=Launch.run):
+    """Until the test ends, ``backend="triton"`` of the op runs on the CPU as PTX for ``arch``; ``run`` gets each launch."""
+    for leaf in (spec.fwd, spec.bwd):
+        monkeypatch.setattr(leaf, "triton", implementation(leaf, arch, run))
+        monkeypatch.setattr(leaf, "available", leaf.available | {("triton", "cpu")})

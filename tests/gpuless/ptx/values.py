@@ -3,9 +3,20 @@
 import numpy as np
 
 from .parser import (
-    DISCARD, WIDTHS, Address, Fault, Immediate, Instruction, Negated, Refused, Register, Special, Symbol, Vector,
+    DISCARD,
+    WIDTHS,
+    Address,
+    Fault,
+    Immediate,
+    Instruction,
+    Negated,
+    Refused,
+    Register,
+    Special,
+    Symbol,
+    Vector,
     immediate_integer,
-)  # fmt: skip
+)
 
 # Bits of a register -> how it is kept.
 STORAGE = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -17,18 +28,20 @@ TYPES = {
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 
 
-class Unreadable:
-    """Stands in a register that holds no value."""
-
-    def __init__(self, why):
-        self.why = why
+class Unwritten:
+    """Stands in a register that nothing has written: all bits set, NaN. Compilers leave lanes undefined that don't matter."""
 
     def view(self, dtype):
-        raise Fault(f"read of a register {self.why}")
+        storage = STORAGE[np.dtype(dtype).itemsize * 8]
+        return np.bool_(True) if dtype is np.bool_ else storage(np.iinfo(storage).max).view(dtype)
 
 
-UNWRITTEN = Unreadable("that nothing has written")
-IN_FLIGHT = Unreadable("that an unfinished wgmma writes")
+class InFlight:
+    def view(self, dtype):
+        raise Fault("read of a register that an unfinished wgmma writes")
+
+
+UNWRITTEN, IN_FLIGHT = Unwritten(), InFlight()
 
 
 def bits_of(kind: str) -> int:

@@ -1,0 +1,123 @@
+"""Plants errors in copies of the sources and requires that the checks see them: ``python -m tests.mutants.run [name ...]``.
+
+A rung must pass on the sources as they are, and fail on the edited ones with the message that the error deserves: a kernel
+that no longer compiles proves nothing.
+"""
+
+import argparse
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import ROOT, Mutant, Rung, extension, plant, table
+
+FOLDERS, FILES = ("csrc", "fastadapt", "kernels", "tests"), ("pyproject.toml", "setup.py")
+SECONDS = 300  # of one core, for a rung; an error may never end
+
+
+def _limit():
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+
+
+class Workshop:
+    """Copies of the sources in a temporary folder, and what rungs say about them."""
+
+    def __init__(self, folder: Path, root: Path = ROOT):
+        self.folder = Path(folder)
+        self.objects = self.folder / "objects"
+        self.objects.mkdir()
+        self._green = {}
+        self.tree = self.folder / "clean"
+        for source in FOLDERS:
+            shutil.copytree(root / source, self.tree / source, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        for source in FILES:
+            shutil.copy(root / source, self.tree)
+        (self.tree / "fastadapt/kernels").symlink_to("../kernels")  # where an installed package has them
+
+    def run(self, rung: Rung, edits: tuple = ()) -> tuple[bool, str]:
+        """Whether every selected test passes after the edits, and the messages of those that don't."""
+        tree = shutil.copytree(self.tree, self.folder / "edited", symlinks=True)
+        try:
+            plant((*rung.edits, *edits), tree)
+            return self._run(rung, tree)
+        finally:
+            shutil.rmtree(tree)
+
+    def _run(self, rung: Rung, tree: Path) -> tuple[bool, str]:
+        env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "PYTEST_ADDOPTS")}
+        env |= {"PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1" if rung.interpret else "0"}
+        env["FASTADAPT_MUTANTS_OBJECTS"] = str(self.objects)
+        plugins = ["no:cacheprovider", *rung.plugins]
+        if "tests.mutants.extension_plugin" in plugins:
+            try:
+                extension.build(tree, self.objects)
+            except subprocess.CalledProcessError as error:
+                return False, f"the extension can't be built: {error}"
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "pytest", "-x", "-o", "addopts=", *(f"-p{plugin}" for plugin in plugins), "--tb=short",
+                *rung.tests.split(), "-k", rung.select,
+            ],
+            cwd=tree, env=env, capture_output=True, text=True, preexec_fn=_limit,
+        )  # fmt: skip
+        summary = done.stdout.strip().rpartition("\n")[2]
+        green = done.returncode == 0 and " passed" in summary and "skipped" not in summary
+        lines = [line for line in done.stdout.splitlines() if re.match(r"E  |INTERNALERROR|ERROR", line)]
+        lines += [line for line in done.stderr.splitlines() if re.match(r"Fatal|E  |.*Error", line)]
+        return green, "\n".join([*lines, summary or done.stderr[-500:]])
+
+    def green(self, rung: Rung) -> str | None:
+        """None if the rung passes on the sources as they are, else what it says."""
+        if rung not in self._green:
+            self._green[rung] = self.run(rung)
+        green, text = self._green[rung]
+        return None if green else text
+
+    def survives(self, mutant: Mutant) -> str | None:
+        """None if every rung of the mutant sees it for the right reason, else what happened."""
+        for rung, error in mutant.seen.items():
+            where = f"{rung.tests} -k {rung.select!r}"
+            if (text := self.green(rung)) is not None:
+                return f"{where} fails without the error: {text}"
+            green, text = self.run(rung, mutant.edits)
+            if green:
+                return f"{where} passes with the error"
+            if not re.search(error, text):
+                return f"{where} fails, but not with {error!r}: {text}"
+        return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="words: mutants whose '<op>_<kind> <name>' contains one; all if none is given")
+    parser.add_argument("--fast", action="store_true", help="only those that every run of the tests plants")
+    options = parser.parse_args()
+    survivors, count = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(folder)
+        for (op, kind), mutants in table().items():
+            for mutant in mutants:
+                name = f"{op}_{kind} {mutant.name}"
+                if options.fast and not mutant.fast or options.names and not any(word in name for word in options.names):
+                    continue
+                start, count = time.time(), count + 1
+                try:
+                    reason = workshop.survives(mutant)
+                except ValueError as error:  # the sources have moved on
+                    reason = str(error)
+                print(f"{'seen' if reason is None else 'SURVIVES':9}{time.time() - start:6.1f} s  {name}", flush=True)
+                if reason:
+                    survivors.append(name)
+                    print(reason)
+    print(f"{count - len(survivors)} of {count} errors seen" + "".join(f"\n  not seen: {name}" for name in survivors))
+    sys.exit(1 if survivors or not count else 0)
+
+
+if __name__ == "__main__":
+    main()

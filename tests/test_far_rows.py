@@ -1,0 +1,62 @@
+"""Rows that lie more than 2**31 elements apart, of activations as small as any: what is touched is memory, the rest isn't."""
+
+import functools
+import mmap
+import tempfile
+
+import pytest
+import torch
+
+from fastadapt._leaf import INTERPRET
+
+from .battery import check
+from .gpuless import emulated, stable
+from .specs import SPECS
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="launches on meta tensors show it of Triton's kernels")
+STRIDE = 2**31 + 8
+DTYPE = torch.bfloat16
+
+
+class Far(torch.autograd.Function):
+    """A copy whose rows are ``STRIDE`` elements apart."""
+
+    @staticmethod
+    def forward(ctx, t):
+        size = (STRIDE * len(t) + t.shape[-1]) * t.element_size()
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size)  # a hole
+            memory = mmap.mmap(file.fileno(), size)
+        return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, (STRIDE, 1)).copy_(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.fixture(scope="module")
+def room():
+    try:
+        Far.apply(torch.zeros(5, 1, dtype=DTYPE))
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+
+
+def far_rows(name, spec):
+    rows = (*spec.activations, "grad_y")
+    for case in spec.cases[:1]:  # the smallest
+        check(spec, "native", lambda: case.make(DTYPE, "cpu"), layout=lambda n, t: Far.apply(t) if n in rows else t, **name)  # noqa: B023
+
+
+@pytest.mark.parametrize("op", [op for op, spec in SPECS.items() if ("native", "cpu") in spec.fwd.available])
+def test_native(op, room):
+    far_rows({}, SPECS[op])
+
+
+module = functools.cache(emulated.module)
+
+
+@pytest.mark.parametrize("op", emulated.ops())
+def test_emulated_cuda(op, room, monkeypatch):
+    stable.install(monkeypatch, SPECS[op], module(op))
+    far_rows({"unit": "matrix"}, SPECS[op])
