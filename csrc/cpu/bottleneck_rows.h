@@ -262,13 +262,13 @@ struct Pass : Types<T, W> {
           const Vec<C> z = load<C>(s.z + i);
           Vec<C> a, slope;
           activate_vector<decltype(code)::value, true>(z, a, slope, C{});
-          if (hidden_skip) {
-            a += load<C>(hidden_skip + j) * z;
-            slope += load<C>(hidden_skip + j);
-          }
+          if (hidden_skip) a += load<C>(hidden_skip + j) * z;
           store(s.a + i, a);
           if (!back) continue;
-          const Vec<C> grad_a = load<C>(s.grad_a + i), grad_z = grad_a * slope;
+          const Vec<C> grad_a = load<C>(s.grad_a + i);
+          // relu selects: where it is 0, NaN and infinity end, as in PyTorch.
+          Vec<C> grad_z = decltype(code)::value == relu ? (z <= 0 ? Vec<C>{} : grad_a) : grad_a * slope;
+          if (hidden_skip) grad_z += grad_a * load<C>(hidden_skip + j);
           sum_skip[row % 4] += grad_a * z;
           sum_bias[row % 4] += grad_z;
           store(s.grad_a + i, grad_z);
