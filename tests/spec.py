@@ -77,6 +77,7 @@ class OpSpec:
     large: Callable[[int], Case]  # number -> a case with all that a call can have, its activation (m, d) of more elements
     huge: tuple[Case, ...] = ()  # like ``large``, by other ways; run for their addresses alone, without memory
     tiled: tuple[Case, ...] = ()  # a tile and a bit in every direction; together they reach every key of the tables of tiles
+    planted: tuple[Case, ...] = ()  # loops of every kernel run three times, so that each of their barriers and waits counts
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
     compiled: tuple[Compiled, ...] = ()  # together they reach every entry of the tables of tiles in kernels/
     dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)

@@ -305,5 +305,9 @@ SPEC = OpSpec(
         *(case(f"r{r}", shape=(67, 131), r=r, **EVERYTHING) for r in (20, 48, 100, 130)),
         case("bank-r7", shape=(67, 131), r=7, g=3, ids=[2, -1, 0, *[2] * 64], **EVERYTHING),
     ),
+    planted=(
+        case("looped", shape=(1100, 1000), r=20, **EVERYTHING),
+        case("looped-bank", shape=(1100, 1000), r=20, g=2, ids=[0, 1, -1, 1, 0] * 220, **{**EVERYTHING, "scale": "0-d"}),
+    ),
     large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), r=16, **EVERYTHING),
 )

@@ -43,8 +43,12 @@ def loads_and_stores(accesses):
 
 
 class Hazards:
-    def __init__(self, memory, threads: int):
+    def __init__(self, memory, threads: int, trace: bool = False):
         self.memory, self.threads = memory, threads
+        self.trace = [] if trace else None  # (of a warp or a block, number of the barrier, who met there, accesses)
+        self.landings = []  # (copy, how many lanes, number of the barriers before it landed)
+        self.useful_fences = set()  # numbers of those that made a store visible
+        self.barriers = 0
         self.owner = np.zeros(len(memory.data) >> CELL, np.int32)
         self.in_warps, self.in_blocks, self.in_launch = [], [], []
 
@@ -58,20 +62,25 @@ class Hazards:
             if not asynchronous:
                 self.in_warps.append(access)
 
-    def warp_barrier(self, lanes=None):
-        """The lanes of whole warps (None: of all) have met."""
+    def warp_barrier(self, lanes=None, number=None):
+        """The lanes of whole warps (None: of all) have met at instruction ``number`` (None: at the end)."""
         met, self.in_warps = self.in_warps, []
         if lanes is not None:
             met, self.in_warps = split(met, lambda some: np.isin(some, lanes))
         self.check_lanes(met)
+        if self.trace is not None:
+            self.trace.append(("warp", number, lanes, met))
 
-    def barrier(self, lanes=None):
+    def barrier(self, lanes=None, number=None):
         """The lanes of whole blocks (None: all) have met."""
-        self.warp_barrier(lanes)
+        self.warp_barrier(lanes, number)
+        self.barriers += 1
         met, self.in_blocks = self.in_blocks, []
         if lanes is not None:
             met, self.in_blocks = split(met, lambda some: np.isin(some, lanes))
-        self.check(met, 32, "warps of one block", "with no barrier between")
+        self.check(met, 32, "warps", "with no barrier between")
+        if self.trace is not None:
+            self.trace.append(("block", number, lanes, met))
         for access in met:
             if (there := access.addresses < self.memory.shared_start).any():
                 self.in_launch.append(access if there.all() else access.where(there))
@@ -132,6 +141,26 @@ class Hazards:
                     wrong[i] = (int(places[i]), int(agents[i])) not in more
             if wrong.any():
                 self.report(addresses[wrong][0], [access, *stores], "store and load", who, when)
+
+    def crossed(self) -> set[int]:
+        """Numbers of the barriers with an access before and one behind that only they order."""
+        needed, before = set(), {}
+        for kind, number, lanes, accesses in self.trace:
+            size, of_an_agent = (32, 1) if kind == "warp" else (self.threads, 32)
+            # All have met where nobody is named: those without an access too.
+            named = [a.lanes for a in accesses] if lanes is None else [lanes]
+            known = {group for other, group in before if other == kind} if lanes is None else set()
+            for group in known.union(*((some // size).tolist() for some in named)):
+                mine = [a.where(a.lanes // size == group) for a in accesses if (a.lanes // size == group).any()]
+                last, earlier = before.get((kind, group), (None, []))
+                before[kind, group] = number, mine
+                if last is None or last in needed:
+                    continue
+                try:
+                    self.check_bytes([*earlier, *mine], lambda address, lane: (address, lane // of_an_agent), "", "")  # noqa: B023
+                except Fault:
+                    needed.add(last)
+        return needed
 
     def report(self, byte, accesses, what, who, when):
         touching = [(a, (a.addresses <= byte) & (byte < a.addresses + a.bytes)) for a in accesses]

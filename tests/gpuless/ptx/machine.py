@@ -17,10 +17,11 @@ WAITS, LEAVES = "waits", "leaves"  # ends of a block of code, beside branches
 
 
 class Code:
-    """A kernel cut where lanes can part or meet: ``blocks[i]`` is its steps, its end, and the guard of that end."""
+    """A kernel cut where lanes can part or meet: ``blocks[i]`` is its steps, its end, the guard of that end, its last
+    instruction. ``without``: the number of an instruction to leave out. ``steps`` keeps what has been decoded."""
 
-    def __init__(self, kernel: Kernel):
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, steps: dict, without: int | None = None):
+        self.kernel, self.steps = kernel, steps
         starts = {0, *kernel.labels.values()}
         ends = {"bra", "ret", "exit", "bar", "barrier"}
         for i, ins in enumerate(kernel.instructions):
@@ -33,10 +34,11 @@ class Code:
         self.blocks, self.matrices = [], False
         for start, end in zip(starts, [*starts[1:], len(kernel.instructions)]):
             *body, last = kernel.instructions[start:end]
-            finish, guard = self.ending(last)
+            finish, guard = self.ending(last) if last.number != without else (None, None)
             if finish is None:
                 body.append(last)
-            self.blocks.append((tuple(self.step(ins) for ins in body), finish, guard, last.text))
+            body = [ins for ins in body if ins.number != without]
+            self.blocks.append((tuple(map(self.step, body)), finish, guard, last))
             self.matrices |= any(ins.name == "wgmma" for ins in body)
 
     def ending(self, ins):
@@ -65,6 +67,11 @@ class Code:
         return None, None
 
     def step(self, ins):
+        if ins.number not in self.steps:
+            self.steps[ins.number] = self.decode(ins)
+        return self.steps[ins.number]
+
+    def decode(self, ins):
         if ins.name not in DECODERS:
             raise Refused(f"unknown instruction: {ins.text}")
         step = DECODERS[ins.name](ins)
@@ -86,7 +93,7 @@ class Code:
 
 @functools.lru_cache(64)
 def load(ptx: str, name: str | None) -> Code:
-    return Code(parse(ptx, name))
+    return Code(parse(ptx, name), {})
 
 
 class State:
@@ -155,7 +162,7 @@ class State:
                 break
             else:
                 number, mask = together, None
-            steps, finish, guard, text = blocks[number]
+            steps, finish, guard, last = blocks[number]
             for step in steps:
                 step(self, mask)
             if finish is None:
@@ -163,9 +170,9 @@ class State:
             elif finish is WAITS:
                 target, taken = number + 1, None
                 if mask is None:
-                    self.hazards.barrier()
+                    self.hazards.barrier(None, last.number)
                 else:
-                    moves.whole_warps(mask, text)
+                    moves.whole_warps(mask, last.text)
                     waiting |= mask
             else:
                 target = end if finish is LEAVES else finish
@@ -196,9 +203,10 @@ class State:
             raise Fault("threads of one block wait at different barriers")
         if (stopped.any(1) & ~stopped.all(1)).any():
             raise Fault("some threads wait at a barrier that others of their block never reach")
-        met = self.number[waiting]
+        # They wait behind the barrier; blocks at different ones meet one after another.
+        for behind in np.unique(at[waiting]):
+            self.hazards.barrier(self.number[waiting & (at == behind)], self.code.blocks[behind - 1][3].number)
         waiting[:] = False
-        self.hazards.barrier(met)
 
 
 class Launch(NamedTuple):
@@ -211,24 +219,30 @@ class Launch(NamedTuple):
     threads: int
     shared: int  # bytes of dynamic shared memory
     arguments: list[bytes]
+    only: tuple[int, ...] | None = None  # numbers of the blocks to run; None: all
+    without: int | None = None  # number of an instruction to leave out
+    trace: bool = False  # keep what ``Hazards.crossed`` needs
 
-    def run(self):
+    def run(self) -> Hazards:
         code = load(self.ptx, self.name)
+        if self.without is not None:
+            code = Code(code.kernel, code.steps, self.without)
         memory, parameters = self.memory, self.place_arguments(code.kernel)
-        hazards = Hazards(memory, self.threads)
+        hazards = Hazards(memory, self.threads, self.trace)
         # Blocks side by side share one set of registers, which wgmma, slow to write, would hold for all of them.
         at_once = 1 if code.matrices else max(1, LANES // self.threads)
         total = self.grid[0] * self.grid[1] * self.grid[2]
+        chosen = np.arange(total) if self.only is None else np.array(self.only)
         shared = code.kernel.shared_bytes + self.shared
         try:
             with np.errstate(all="ignore"):
-                for start in range(0, total, at_once):
-                    blocks = np.arange(start, min(start + at_once, total))
+                for blocks in np.array_split(chosen, -(-len(chosen) // at_once)):
                     State(code, memory, hazards, parameters, self.threads, blocks, self.grid, shared).run()
                     hazards.barrier()
                 hazards.launch_ends()
         except Fault as fault:
             raise Fault(f"{code.kernel.name}: {fault}") from None
+        return hazards
 
     def place_arguments(self, kernel):
         threads, arguments = self.threads, self.arguments

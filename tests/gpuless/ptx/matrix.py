@@ -156,7 +156,7 @@ def decode_warp_barrier(ins):
 
     def step(state, mask):
         whole_warps(mask, ins.text)
-        state.hazards.warp_barrier(None if mask is None else state.number[mask])
+        state.hazards.warp_barrier(None if mask is None else state.number[mask], ins.number)
 
     return step
 
@@ -168,7 +168,7 @@ def decode_fence(ins):
     m.flag("shared::cta")
     m.done()
     operands(ins, 0)
-    return lambda state, mask: state.matrices.fence(mask) if state.matrices else None
+    return lambda state, mask: state.matrices.fence(mask, ins.number) if state.matrices else None
 
 
 @instruction("wgmma")
@@ -245,11 +245,13 @@ class Asynchronous:
             raise Fault(f"store to shared memory that an unfinished wgmma reads: {text}")
         self.unfenced[cells] = warps[inside][:, None] + 1
 
-    def fence(self, mask):
-        if mask is None:
-            self.unfenced[:] = 0
-        else:
-            self.unfenced[np.isin(self.unfenced, self.state.number[mask] // 32 + 1)] = 0
+    def fence(self, mask, number):
+        mine = self.unfenced != 0
+        if mask is not None:
+            mine &= np.isin(self.unfenced, self.state.number[mask] // 32 + 1)
+        if mine.any():
+            self.state.hazards.useful_fences.add(number)
+        self.unfenced[mine] = 0
 
     def matrix(self, descriptors, rows, kind, transposed, rows_of_a_warp, text):
         """(groups of four warps, rows, depth) as descriptors say, and the cells where it lies.

@@ -269,3 +269,4 @@ class Copies:
         self.memory.mark(slots, size, VALID)
         self.memory.store(slots, data)
         self.state.note(to, size, lanes, data, text)
+        self.state.hazards.landings.append((text, len(lanes), self.state.hazards.barriers))

@@ -62,6 +62,7 @@ class Instruction:
     name: str
     modifiers: tuple
     operands: tuple
+    number: int  # among those of its kernel
     guard: object = None  # Register or Negated
 
 
@@ -214,7 +215,7 @@ class Parser:
             rest = text[guard.end() :] if guard else text
             opcode, _, operands = rest.partition(" ")
             name, *modifiers = opcode.split(".")
-            instruction = Instruction(text, name, tuple(modifiers), ())
+            instruction = Instruction(text, name, tuple(modifiers), (), len(self.instructions))
             if guard:
                 register = self.operand(guard[2], self.scopes)
                 if not isinstance(register, Register) or register.bits != 1:

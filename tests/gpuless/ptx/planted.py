@@ -1,12 +1,11 @@
 """Errors planted in a launch: what the simulator says without one of its barriers, waits or fences."""
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from .machine import Launch
+from .machine import Launch, load
 from .parser import Fault
 
 ORDERING = (
@@ -15,38 +14,52 @@ ORDERING = (
 )  # fmt: skip
 
 
+COPIES = ("cp.async.wait_group", "cp.async.commit_group")
+BARRIERS = ("bar.sync", "bar.warp.sync")
+
+
 class Outcome(NamedTuple):
     instruction: str
-    line: int  # of the PTX, from 1
+    number: int  # among the instructions of the kernel
     report: str | None  # a fault, "other bits", or None: nothing is seen
-
-
-def spans(ptx: str, name: str | None) -> list[tuple[str, int, int]]:
-    """Where each instruction that orders others begins and ends in the text of kernel ``name``."""
-    start = re.search(rf"\.entry\s+{re.escape(name)}\s*\(" if name else r"\.entry", ptx).start()
-    end = ptx.find(".entry", start + 6) % (len(ptx) + 1)
-    choice = "|".join(map(re.escape, ORDERING))
-    found = re.compile(rf"(?m)^\s*(?:@\S+\s+)?({choice})\b[^;]*;").finditer(ptx, start, end)
-    return [(match[1], match.start(1), match.end()) for match in found]
+    idle: str | None  # why the launch doesn't need the instruction, seen in a run with it
+    reached: bool  # False only of barriers
 
 
 def contents(memory, buffers):
     return [memory.data[start : start + size].copy() for start, size, _ in buffers]
 
 
-def without_each(launch: Launch) -> Iterator[Outcome]:
-    """Run the launch, then once more without each of its ordering instructions, from the same memory; leave what it stored."""
-    memory = launch.memory
+def without_each(launch: Launch, blocks: int = 2) -> Iterator[Outcome]:
+    """Run the first blocks of each row of the grid, then again without each ordering instruction, from the same memory.
+
+    What the first run stored is left.
+    """
+    memory, (x, y, z) = launch.memory, launch.grid
+    launch = launch._replace(only=tuple(row * x + i for row in range(y * z) for i in range(min(x, blocks))))
     before, buffers = memory.snapshot(), list(memory.buffers)
-    launch.run()
-    after, clean = memory.snapshot(), contents(memory, buffers)
-    for instruction, start, end in spans(launch.ptx, launch.name):
+    hazards = launch._replace(trace=True).run()
+    after, clean, crossed = memory.snapshot(), contents(memory, buffers), hazards.crossed()
+    met = {number for _, number, _, _ in hazards.trace}
+    for ins in load(launch.ptx, launch.name).kernel.instructions:
+        number, opcode = ins.number, ".".join((ins.name, *ins.modifiers, ""))
+        instruction = next((name for name in ORDERING if opcode.startswith(f"{name}.")), None)
+        if instruction is None:
+            continue
         memory.restore(before)
+        idle = report = None
         try:
-            launch._replace(ptx=launch.ptx[:start] + launch.ptx[end:]).run()
+            changed = launch._replace(without=number).run()
             same = all(map(np.array_equal, clean, contents(memory, buffers)))
             report = None if same else "other bits"
+            if instruction in COPIES and changed.landings == hazards.landings:
+                idle = "every copy lands between the same barriers without it"
         except Fault as fault:
             report = str(fault)
-        yield Outcome(instruction, launch.ptx.count("\n", 0, start) + 1, report)
+        if instruction in BARRIERS and number not in crossed:
+            idle = "no byte is touched before and behind it by two threads, one of which stores"
+        if instruction == "fence.proxy.async" and number not in hazards.useful_fences:
+            idle = "nothing was stored since the fence before it"
+        reached = instruction not in BARRIERS or number in met
+        yield Outcome(instruction, number, report, idle, reached)
     memory.restore(after)
