@@ -40,10 +40,7 @@ def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(spec, backend, case, dt
 
 
 @over(*TELLING, dtypes=FEW)
-def test_nan_and_inf_spread_as_in_pytorch(request, spec, backend, case, dtype):
-    if (backend, DEVICE, case.name) == ("native", "cpu", "m33-d65-r17"):
-        reason = "the CPU kernel multiplies with the slope of relu, and 0 * nan is nan"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_nan_and_inf_spread_as_in_pytorch(spec, backend, case, dtype):
     numerics.bad_values_spread_as_in_pytorch(spec, backend, case, dtype)
 
 

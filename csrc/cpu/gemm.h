@@ -210,6 +210,24 @@ void gemm_transposed(int64_t columns, int64_t rows, int64_t n, const C* a, int64
   });
 }
 
+// out = start + a * b for one tile, summed in blocks of the inner dimension. Out of line: beside the rare long sum the usual one
+// has its accumulators in registers.
+template <class C, int MR, int NV>
+__attribute__((noinline)) void multiply_long(int64_t k, const C* a, int64_t lda, const C* b, const C* start, C* out) {
+  constexpr int L = lanes<C>;
+  for (int64_t k0 = 0; k0 < k; k0 += inner_block) {
+    Vec<C> acc[MR][NV] = {};
+    multiply<C, MR, NV, false>(least(inner_block, k - k0), a + k0, lda, b + k0 * NV * L, NV * L, acc);
+#pragma GCC unroll 16
+    for (int t = 0; t < MR; ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        C* to = out + (t * NV + v) * L;
+        store(to, acc[t][v] + (k0 ? load<C>(to) : start ? load<C>(start + v * L) : Vec<C>{}));
+      }
+  }
+}
+
 // Packed right operands up to this size stay in the first-level cache beside the rows.
 constexpr int64_t resident_bytes = 32 << 10;
 
@@ -221,14 +239,19 @@ void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, 
                    const Epilogue& epilogue) {
   auto tile = [&](auto nv, int64_t j, auto mr, int64_t i) FA_FORCED {
     constexpr int MR = decltype(mr)::value, NV = decltype(nv)::value;
+    constexpr int L = lanes<C>;
+    const C *row = a + i * lda, *b = packed + j * k;
+    C sums[MR * NV * L];
+    const bool is_long = k > inner_block;
+    if (is_long) multiply_long<C, MR, NV>(k, row, lda, b, start ? start + j : nullptr, sums);
     Vec<C> acc[MR][NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const Vec<C> first = start ? load<C>(start + j + v * lanes<C>) : Vec<C>{};
+      const Vec<C> first = start ? load<C>(start + j + v * L) : Vec<C>{};
 #pragma GCC unroll 16
-      for (int t = 0; t < MR; ++t) acc[t][v] = first;
+      for (int t = 0; t < MR; ++t) acc[t][v] = is_long ? load<C>(sums + (t * NV + v) * L) : first;
     }
-    multiply<C, MR, NV, false>(k, a + i * lda, lda, packed + j * k, NV * lanes<C>, acc);
+    if (!is_long) multiply<C, MR, NV, false>(k, row, lda, b, NV * L, acc);
     epilogue(i, j, acc);
   };
   if (packed_size<C>(k, n) * static_cast<int64_t>(sizeof(C)) <= resident_bytes) {

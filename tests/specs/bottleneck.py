@@ -273,6 +273,7 @@ NUMERICS = Numerics(
     paths=(
         case("rows", shape=(130, 70), r=20, **EVERYTHING),
         case("columns-of-few-rows", shape=(40, 300), r=17, scale="channel", skip=True, activation="gelu"),
+        case("long-ranks", shape=(140, 60), r=1000),
         case("columns-of-some-rows", shape=(270, 1500), r=132, residual="other", scale="0-d", activation="silu"),
     ),
     fuzz=fuzz,
