@@ -61,12 +61,8 @@ MUTANTS = (
         )],
     ),
     Mutant(
-        "load past the last column", "load out of bounds", {ADDRESSES: "heap-buffer-overflow"},
+        "load past the last column", "mask off by one", {ADDRESSES: "heap-buffer-overflow"},
         [(TILES, "from && column < valid ?", "from && column <= valid ?")],
-    ),
-    Mutant(
-        "one row of a weight too many", "mask off by one", {ADDRESSES: "heap-buffer-overflow"},
-        [(TILES, "return n0 + i < n ? weight + (n0 + i) * row + k0", "return n0 + i <= n ? weight + (n0 + i) * row + k0")],
     ),
     Mutant(
         "a pair stored where one column is left", "store out of bounds", {ADDRESSES: "heap-buffer-overflow"},
@@ -194,14 +190,6 @@ MUTANTS = (
             ),
             (FWD, "1.f / sqrtf(square / p.d + p.norm_eps)", "1.f / sqrtf(square / p.d - mean * mean + p.norm_eps)"),
         ],
-    ),
-    Mutant(
-        "no barrier of the warp that sorts", "race", {RACES: "data race"},
-        [(
-            ROWS,
-            "    const int64_t before = row < end ? count[adapter] : 0;\n    __syncwarp();\n",
-            "    const int64_t before = row < end ? count[adapter] : 0;\n",
-        )],
     ),
     Mutant(
         "blocks that write one sum", "race", {RACES: "data race"},

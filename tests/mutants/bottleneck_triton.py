@@ -25,9 +25,6 @@ GHOST = Rung(
     "tests/test_strict_interpreter.py", "test_offsets_of_the_launches_are_64_bit and bottleneck-large and contiguous",
     interpret=True,
 )  # fmt: skip
-COMPILED, COMPILED_RANK_256 = (
-    Rung("tests/test_triton_compile.py", f"test_compiles_and_fits and bottleneck-{chip}") for chip in (89, 86)
-)
 
 OUTPUT = "integers: y differs"
 BOUNDS = "BoundsError: load"
@@ -130,10 +127,6 @@ MUTANTS = (
     Mutant(
         "last tiles of a bank not launched", "grid too small", {BANK: OUTPUT},
         [(FWD, 'blocks["BLOCK_M"]) + (g + 2 if groups', 'blocks["BLOCK_M"]) + (g - 3 if groups')],
-    ),
-    Mutant(
-        "at most 65535 programs", "grid too small", {GHOST: "not finite"},
-        [(FWD, "        bottleneck_fwd_kernel[grid](", "        bottleneck_fwd_kernel[(min(grid[0], 65535),)](")],
     ),
     Mutant(
         "backward of no rows", "empty input", {EMPTY: "ZeroDivisionError"},
@@ -255,7 +248,7 @@ MUTANTS = (
         )],
     ),
     Mutant(
-        "sums by atomics", "order of a sum left to chance", {EXACT: "races with a atomic"},
+        "sums by atomics", "order of a sum left to chance", {EXACT: "RaceError: atomic"},
         [
             (
                 FWD,
@@ -281,24 +274,12 @@ MUTANTS = (
         ],
     ),
     Mutant(
-        "width of a tile by the number of rows", "row depends on its neighbours", {ALONE: "assert"},
+        "width of a tile by the number of rows", "row depends on its neighbours", {ALONE: "alone has other bits"},
         [(
             FWD,
             "    return _blocks(x, block_r, block_m, block_d, block_d",
             "    block_d = min(block_d, max(16, triton.next_power_of_2(m)))\n    return _blocks(x, block_r, block_m, "
             "block_d, block_d",
         )],
-    ),
-    Mutant(
-        "eight tiles in flight", "too much shared memory", {COMPILED: "bytes of shared memory, the chip has"},
-        [(FWD, '"num_stages": max(1, min(4, max(', '"num_stages": 20 + max(1, min(4, max(')],
-    ),
-    Mutant(
-        "tall tiles for a large rank", "spilled registers", {COMPILED_RANK_256: "local memory|stack"},
-        [(FWD, "_HIGH = ((32, 64, 4096), (16, 64, None))", "_HIGH = ((128, 64, 4096), (16, 64, None))")],
-    ),
-    Mutant(
-        "products of depth 8", "shape that only the interpreter takes", {COMPILED_RANK_256: "Input shapes should have"},
-        [(FWD, "_HIGH = ((32, 64, 4096), (16, 64, None))", "_HIGH = ((32, 64, 4096), (16, 8, None))")],
     ),
 )
