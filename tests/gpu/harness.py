@@ -107,6 +107,7 @@ class Run:
             with log.open("wb") as file:
                 process = subprocess.Popen(
                     command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
                     env={**os.environ, "PYTHONUNBUFFERED": "1", **section.environment},
                 )  # fmt: skip
             self.processes.add(process)

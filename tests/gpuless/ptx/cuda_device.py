@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,10 @@ class CudaDevice:
         self.hooks = LAUNCH(self.launch), ALLOCATE(self.allocate), OWNS(self.owns)
         shared_object = ctypes.CDLL(str(library))
         for name, hook in zip(("simulator_launch", "simulator_allocate", "simulator_owns"), self.hooks):
-            ctypes.c_void_p.in_dll(shared_object, name).value = ctypes.cast(hook, ctypes.c_void_p).value
+            pointer = ctypes.c_void_p.in_dll(shared_object, name)
+            pointer.value = ctypes.cast(hook, ctypes.c_void_p).value
+            # The library frees memory of its own until the interpreter is gone, when Python can't be called any more.
+            weakref.finalize(self, setattr, pointer, "value", None)
         self.arch, self.run, self.settings, self.memory, self.error = 80, Launch.run, {}, None, None
 
     def entry(self, name: str) -> tuple[str, str]:
