@@ -25,8 +25,7 @@ class Leaf:
         for op in (name, f"{name}_triton"):
             torch.library.define(f"fastadapt::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"fastadapt::{op}")(fake)
-        self.name = name
-        self.unsupported = unsupported
+        self.name, self.fake, self.unsupported = name, fake, unsupported
         # Plain Python data: Dynamo can't trace a query of the dispatcher.
         self.available = {
             ("native", key.lower())

@@ -11,7 +11,8 @@ from .specs import SPECS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("triton",) if INTERPRET else ("native", "triton")
-TELLING = ("m33-d65-r17", "everything", "bank-with-everything")  # one case without extras, one with all, one bank
+# One case without extras, those with all that goes together, one bank.
+TELLING = ("m33-d65-r17", "everything", "dora-with-everything", "bank-with-everything")
 
 
 def over(*case_names, cases=lambda spec: spec.cases, dtypes=None):
@@ -63,7 +64,7 @@ def run(fn, arguments, grad_y=None, wanted=None, layout=lambda name, t: t, **opt
 def rounded_run(spec, arguments, grad_y, unit, round, vary=lambda t: t, **options):
     """``run`` of the rounding model of the op, with ``round(t, dtype)`` at its points and at its ends."""
     dtypes = {n: t.dtype for n, t in floats(arguments).items()}
-    dtypes["y"] = arguments[spec.activations[0]].dtype
+    dtypes["y"] = spec.output(arguments).dtype
 
     def model(**a):
         a = substitute(a, {n: vary(t) for n, t in floats(a).items()})
@@ -91,12 +92,12 @@ def check(spec, backend, make, wanted=None, layout=lambda name, t: t, unit=None)
     names = {}
     for draws in (1, 8):
         for arguments in (make() for _ in range(draws)):
-            x = arguments[spec.activations[0]]
-            grad_y = torch.randn(x.shape, device=DEVICE).to(x.dtype)
+            y = spec.output(arguments)
+            grad_y = torch.randn(y.shape, device=DEVICE).to(y.dtype)
             options = {"wanted": wanted, "layout": layout}
             actual = run(spec.op, arguments, grad_y, backend=backend, **options)
             reference, oracle = (run(spec.reference, a, grad_y, **options) for a in (arguments, doubled(arguments)))
-            chosen = unit or rounding.unit(backend, x.dtype)
+            chosen = unit or rounding.unit(backend, y.dtype)
             sampled = samples(spec, arguments, grad_y, chosen, **options)
             for name in actual:
                 rounded = [s[name] for s in sampled]

@@ -21,7 +21,7 @@ def same(actual, expected, what):
 
 def drawn(spec, case, dtype):
     arguments = case.make(dtype, DEVICE)
-    return arguments, torch.randn(arguments[spec.activations[0]].shape, device=DEVICE).to(dtype)
+    return arguments, torch.randn(spec.output(arguments).shape, device=DEVICE).to(dtype)
 
 
 def wide(spec):
@@ -67,7 +67,7 @@ def exact_on_integers(spec, backend, case, dtype):
     for name in spec.activations:  # few non-zeros a row keep every sum below 2**8, or 2**24
         if arguments[name] is not None:
             arguments[name][..., 8:] = 0
-    shape = arguments[spec.activations[0]].shape
+    shape = spec.output(arguments).shape
     grad_y = torch.nn.functional.one_hot(torch.arange(shape[:-1].numel(), device=DEVICE) % 8, shape[-1]).view(shape)
     exact, actual = run(spec.reference, doubled(arguments), grad_y), run(spec.op, arguments, grad_y, backend=backend)
     same(actual, {n: t.to(actual[n].dtype) for n, t in exact.items()}, "integers")

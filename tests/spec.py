@@ -69,7 +69,7 @@ class OpSpec:
     leaf_args: Callable[[dict], tuple]  # arguments of a case -> arguments of the forward leaf
     bwd_leaf_args: Callable[[torch.Tensor, tuple, list], tuple]  # grad_y, forward leaf arguments, output mask
     bwd_outputs: tuple  # names of the arguments whose gradients the backward leaf returns
-    activations: tuple  # arguments as large as the input: they come in any strides
+    activations: tuple  # arguments as large as the input, that first: they come in any strides
     cases: tuple
     bench: tuple
     bad: tuple
@@ -81,6 +81,11 @@ class OpSpec:
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
     compiled: tuple[Compiled, ...] = ()  # together they reach every entry of the tables of tiles in kernels/
     dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)
+
+    def output(self, arguments: dict) -> torch.Tensor:
+        """An uninitialised tensor like the output of a call."""
+        outputs = self.fwd.fake(*self.leaf_args(arguments))
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
 
     def case(self, name: str) -> Case:
         return next(c for c in self.cases if c.name == name)

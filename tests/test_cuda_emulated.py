@@ -87,7 +87,7 @@ def test_no_schedule_changes_a_bit(emulate, op, case, dtype):
     """A race, or a sum in the order of arrival, would."""
     arguments, results = case.make(dtype, "cpu"), []
     spec = SPECS[op]
-    grad_y = torch.randn(arguments[spec.activations[0]].shape).to(dtype)
+    grad_y = torch.randn_like(spec.output(arguments))
     for schedule in range(6):
         emulate(op, multiprocessors=4, schedule=schedule)
         results.append(run(spec.op, arguments, grad_y, backend="native"))

@@ -50,7 +50,7 @@ def launch_both(spec, case, dtype):
     args = spec.leaf_args(arguments)
     wanted = [isinstance(arguments.get(name), torch.Tensor) for name in spec.bwd_outputs]
     spec.fwd.launcher(*args)
-    spec.bwd.launcher(*spec.bwd_leaf_args(torch.empty_like(arguments[spec.activations[0]]), args, wanted))
+    spec.bwd.launcher(*spec.bwd_leaf_args(spec.output(arguments), args, wanted))
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -32,7 +32,7 @@ def test_strided_parameters(spec, backend, case, dtype):
 def test_only_what_is_wanted_is_returned(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)
     args = spec.leaf_args(arguments)
-    grad_y = torch.randn_like(arguments[spec.activations[0]])
+    grad_y = torch.randn_like(spec.output(arguments))
     for i, name in enumerate(spec.bwd_outputs):
         mask = [name == other for other in spec.bwd_outputs]
         outputs = getattr(spec.bwd, backend)(*spec.bwd_leaf_args(grad_y, args, mask))
@@ -52,7 +52,7 @@ def test_registration(spec, backend, case, dtype):
     args = spec.leaf_args(arguments)
     wanted = [arguments.get(name) is not None and isinstance(arguments[name], torch.Tensor) for name in spec.bwd_outputs]
     torch.library.opcheck(getattr(spec.fwd, backend), args)
-    grad_y = torch.randn_like(arguments[spec.activations[0]])
+    grad_y = torch.randn_like(spec.output(arguments))
     for mask in (wanted, [w and i % 2 == 0 for i, w in enumerate(wanted)]):
         torch.library.opcheck(getattr(spec.bwd, backend), spec.bwd_leaf_args(grad_y, args, mask))
 
@@ -137,12 +137,14 @@ def test_double_backward_is_refused(spec, backend, case, dtype):
 def test_function_transforms(spec, backend, case, dtype):
     """Transforms take the reference when no backend is asked for; a kernel that is asked for refuses by name."""
     arguments = case.make(dtype, DEVICE)
-    call = lambda x, **options: spec.op(**{**arguments, "x": x, "residual": x}, **options)  # noqa: E731
     xs = torch.stack([arguments["x"], 2 * arguments["x"]])
+    for name in spec.activations:
+        del arguments[name]
+    call = lambda x, **options: spec.op(**arguments, **dict.fromkeys(spec.activations, x), **options)  # noqa: E731
     expected = torch.stack([call(x, backend="reference") for x in xs])
     torch.testing.assert_close(torch.func.vmap(call)(xs), expected)
-    grads = torch.func.grad(lambda x: call(x).sum())(arguments["x"])
-    torch.testing.assert_close(grads, run(spec.op, {**arguments, "residual": arguments["x"]}, backend="reference")["x"])
+    grads = torch.func.grad(lambda x: call(x).sum())(xs[0])
+    torch.testing.assert_close(grads, run(call, {"x": xs[0]}, backend="reference")["x"])
     with pytest.raises(RuntimeError, match=f"{backend}.*torch.func"):
         torch.func.vmap(lambda x: call(x, backend=backend))(xs)
 

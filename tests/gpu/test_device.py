@@ -57,7 +57,7 @@ def test_repeats_of_a_large_call(spec, backend, case, dtype):
 def test_repeats(spec, backend, case, dtype):
     """A race shows as a change from run to run."""
     arguments = case.make(dtype, DEVICE)
-    grad_y = torch.randn_like(arguments[spec.activations[0]])
+    grad_y = torch.randn_like(spec.output(arguments))
     first = run(spec.op, arguments, grad_y, backend=backend)
     for i in range(MACHINE.repeats):
         assert not (wrong := same(run(spec.op, arguments, grad_y, backend=backend), first)), f"run {i}: {wrong}"
@@ -67,7 +67,7 @@ def test_repeats(spec, backend, case, dtype):
 def test_graphs(spec, backend, case, dtype):
     """A captured step, replayed after its inputs have changed in place, does what a call would do."""
     arguments, fresh = case.make(dtype, DEVICE), case.make(dtype, DEVICE)
-    grad_y = torch.randn_like(arguments[spec.activations[0]])
+    grad_y = torch.randn_like(spec.output(arguments))
     step = lambda: run(spec.op, arguments, grad_y.clone(), backend=backend)  # noqa: E731  a gradient may be grad_y itself
     before = step()
     outputs, replay = MACHINE.capture(step)
@@ -172,7 +172,7 @@ def test_large(spec, backend, dtype=torch.bfloat16):
         pytest.skip(f"needs {need / 2**30:.0f} GiB, {MACHINE.free_bytes() / 2**30:.0f} are free")
     arguments = case.make(dtype, DEVICE)
     assert m * d > MACHINE.large
-    grad_y = torch.randn(m, d, dtype=dtype, device=DEVICE)
+    grad_y = torch.randn_like(spec.output(arguments))
     tensors = {n: t.requires_grad_() for n, t in floats(arguments).items()}
     y = spec.op(**arguments, backend=backend)
     actual = {"y": y.detach(), **dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), grad_y)))}

@@ -1,0 +1,255 @@
+"""lora_linear: y = gain * (x @ W.T + scale * dropout(x) @ A.T @ diag @ B.T) + bias."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _check as check
+from .._leaf import Leaf, differentiable_once, needs_grad
+from . import dropout
+
+
+def row_norms(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor = 1.0, diagonal: Tensor | None = None
+) -> Tensor:
+    """``||weight + scale * lora_b @ diag(diagonal) @ lora_a||`` of every row, without that matrix and without gradient.
+
+    ``||w + u||^2 = ||w||^2 + 2 <w, u> + ||u||^2``, where with ``P = scale * lora_b @ diag(diagonal)`` the last two are the
+    row sums of ``(weight @ lora_a.T) * P`` and of ``(P @ (lora_a @ lora_a.T)) * P``. Source: Liu et al. 2024, "DoRA".
+    """
+    with torch.no_grad():
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        a = lora_a.to(weight.dtype)
+        update = scale * (lora_b if diagonal is None else lora_b * diagonal).to(wide)
+        gram = a.to(wide) @ a.to(wide).T
+        square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+        mixed = (weight @ a.T).to(wide)
+        return (square + ((2 * mixed + update @ gram) * update).sum(1)).clamp(min=0).sqrt()
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *, scale: float | Tensor = 1.0,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, magnitude: Tensor | None = None,
+    lora_bias: Tensor | None = None, diagonal: Tensor | None = None,
+) -> Tensor:
+    """The specification of :func:`lora_linear` in plain PyTorch, computed in the dtype of ``x``."""
+    cast = lambda t: t.to(x.dtype) if isinstance(t, Tensor) else t  # noqa: E731
+    dropped = x
+    if dropout_p:
+        stays = dropout.kept(dropout_seed, x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
+        dropped = torch.where(stays, x * dropout.kept_scale(dropout_p), 0.0)
+    u = F.linear(dropped, cast(lora_a))
+    u = u if diagonal is None else u * cast(diagonal)
+    y = F.linear(x, weight) + cast(scale) * F.linear(u, cast(lora_b), cast(lora_bias))
+    if magnitude is not None:
+        y = y * cast(magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal))
+    return y if bias is None else y + cast(bias)
+
+
+_PARAMETERS = "Tensor lora_a, Tensor lora_b, Tensor? diagonal, Tensor? gain, float scale, float dropout_p, Tensor? seed"
+
+
+def _saved_shape(x, lora_a):
+    return x.shape[:-1].numel(), lora_a.shape[0]
+
+
+def _fwd_fake(x, weight, bias, lora_a, *args):
+    for t in (weight, bias, lora_a, *args):
+        if isinstance(t, Tensor) and t.device != x.device:  # one meta tensor among real ones would otherwise end up here
+            raise ValueError(f"all tensors must be on {x.device} like x, got one on {t.device}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(_saved_shape(x, lora_a), dtype=wide)
+
+
+def _bwd_fake(grad_y, x, u, y, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, output_mask):
+    inputs = (x, weight, bias, lora_a, lora_b, diagonal, gain)
+    return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(inputs, output_mask))
+
+
+_MAX_RANK = 256  # on a GPU: the rank-r tiles must fit the registers
+
+
+def _unsupported(backend, args):
+    x, lora_a = args[0], args[3]
+    if backend == "native" and x.is_cpu:
+        return None
+    if x.dtype == torch.float64:
+        return "does not support float64"
+    r = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.dim() else 0
+    return f"supports r up to {_MAX_RANK}, got {r}" if r > _MAX_RANK else None
+
+
+# ``u = dropout(x) @ lora_a.T`` is float32 (float64 for float64), one row for each row of ``x``; it is what backward needs
+# beside the arguments, and ``y`` for the gradient of ``gain``. The gradients of ``_bwd`` come in the order of ``output_mask``:
+# x, weight, bias, lora_a, lora_b, diagonal, gain; those not wanted have shape (0,).
+_fwd = Leaf(
+    "lora_linear_fwd", f"(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}) -> (Tensor y, Tensor u)", _fwd_fake, _unsupported
+)
+_bwd = Leaf(
+    "lora_linear_bwd",
+    f"(Tensor grad_y, Tensor x, Tensor u, Tensor? y, Tensor weight, Tensor? bias, {_PARAMETERS}, bool[7] output_mask) -> "
+    "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b, Tensor grad_diagonal, "
+    "Tensor grad_gain)",
+    _bwd_fake,
+)
+
+
+def _launch_fwd(*args):
+    from fastadapt.kernels.lora_linear import lora_linear_fwd
+
+    return lora_linear_fwd(*args)
+
+
+def _launch_bwd(*args):
+    from fastadapt.kernels.lora_linear import lora_linear_bwd
+
+    return lora_linear_bwd(*args)
+
+
+_fwd.launch(_launch_fwd)
+_bwd.launch(_launch_bwd)
+
+
+class LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, constants, x, weight, bias, lora_a, lora_b, diagonal, gain, seed):
+        ctx.constants = backend, scale, dropout_p = constants
+        y, u = getattr(_fwd, backend)(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed)
+        y_for_gain = y if ctx.needs_input_grad[7] else None
+        ctx.save_for_backward(x, u, y_for_gain, weight, bias, lora_a, lora_b, diagonal, gain, seed)
+        return y
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_y):
+        *inputs, seed = ctx.saved_tensors
+        backend, scale, dropout_p = ctx.constants
+        mask = list(ctx.needs_input_grad[1:8])
+        outputs = getattr(_bwd, backend)(grad_y, *inputs, scale, dropout_p, seed, mask) if any(mask) else ()
+        return (None, *(g if wanted else None for g, wanted in zip(outputs or mask, mask)), None)
+
+
+def _arguments(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal):
+    """The arguments of the forward leaf: DoRA as a gain of the output, a scale that is a tensor as a diagonal, one bias."""
+    gain = None if magnitude is None else magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal)
+    if lora_bias is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        added = scale * lora_bias.to(wide)
+        added = added if gain is None else gain * added
+        bias = added if bias is None else bias + added
+    if isinstance(scale, Tensor):
+        diagonal = scale.expand(lora_a.shape[:1]) if diagonal is None else scale * diagonal
+        scale = 1.0
+    if dropout_p and dropout_seed is None:
+        dropout_seed = dropout.draw_seed(x.device)
+    return x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, dropout_seed if dropout_p else None
+
+
+def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal):
+    check.activation_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must be (..., k), got a 0-d tensor")
+    k = x.shape[-1]
+    check.tensor("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != k:
+        raise ValueError(f"weight must be (n, k) = (n, {k}) to match x, got {tuple(weight.shape)}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must be {x.dtype} like x, got {weight.dtype}")
+    check.same_device("weight", weight, x)
+    n = weight.shape[0]
+    check.parameter("bias", bias, x, (n,), "(n,)")
+    check.tensor("lora_a", lora_a)
+    if lora_a.dim() != 2 or lora_a.shape[0] == 0:
+        raise ValueError(f"lora_a must be (r, k) with r at least 1, got {tuple(lora_a.shape)}")
+    r = lora_a.shape[0]
+    check.parameter("lora_a", lora_a, x, (r, k), "(r, k)")
+    check.tensor("lora_b", lora_b)
+    check.parameter("lora_b", lora_b, x, (n, r), "(n, r)")
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b must be {lora_a.dtype} like lora_a, got {lora_b.dtype}")
+    if isinstance(scale, Tensor):
+        check.parameter("scale", scale, x, (), "0-d")
+    elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or a 0-d tensor, got {type(scale).__name__}")
+    elif isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
+    if dropout_seed is not None:
+        check.tensor("dropout_seed", dropout_seed)
+        if dropout_seed.dtype != torch.int64 or dropout_seed.dim():
+            raise ValueError(f"dropout_seed must be a 0-d int64 tensor, got {tuple(dropout_seed.shape)} {dropout_seed.dtype}")
+        check.same_device("dropout_seed", dropout_seed, x)
+    check.parameter("magnitude", magnitude, x, (n,), "(n,)")
+    check.parameter("lora_bias", lora_bias, x, (n,), "(n,)")
+    check.parameter("diagonal", diagonal, x, (r,), "(r,)")
+
+
+def _autocast(x, weight, bias):
+    """What autocast makes of a linear layer: the frozen layer's operands in its dtype. Adapters may stay float32."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, weight, bias))
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *, scale: float | Tensor = 1.0,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, magnitude: Tensor | None = None,
+    lora_bias: Tensor | None = None, diagonal: Tensor | None = None, backend: str | None = None,
+) -> Tensor:
+    """A linear layer with LoRA:
+    ``y = gain * (x @ weight.T + scale * (dropout(x) @ lora_a.T * diagonal @ lora_b.T + lora_bias)) + bias``.
+
+    ``gain`` is 1, or with ``magnitude`` that of DoRA: ``magnitude / ||weight + scale * lora_b @ diag(diagonal) @ lora_a||``,
+    each row's norm, which is not differentiated. Backward saves ``x``, ``dropout(x) @ lora_a.T`` (float32, r numbers a row) and
+    the seed of dropout; for the gradient of ``magnitude`` also ``y``. Frozen arguments cost no gradient. Under autocast ``x``,
+    ``weight`` and ``bias`` are cast, as for a linear layer. Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA: a
+    scale of alpha / sqrt(r)), Zhang et al. 2023 (AdaLoRA: ``diagonal``), Liu et al. 2024 (DoRA).
+
+    Args:
+        x: ``(..., k)``, any strides; float16, bfloat16, float32, or float64 on the CPU.
+        weight: ``(n, k)``, dtype of ``x``; a transposed view serves a layer that keeps ``(k, n)``.
+        bias: ``(n,)`` or None. Like every parameter below: dtype of ``x``, or float32 under a 16-bit ``x``.
+        lora_a, lora_b: ``(r, k)`` and ``(n, r)``.
+        scale: a number or a 0-d tensor.
+        dropout_p: probability in [0, 1) that an element of ``x`` is dropped for the LoRA branch, in steps of 1 / 65536; the
+            others grow by the inverse of the probability to stay. The layer in front of ``lora_a`` alone sees it.
+        dropout_seed: 0-d int64 tensor that fixes the dropped elements; None draws one from torch's generator.
+        magnitude: ``(n,)`` of DoRA. An element that is exactly 0 gets the gradient NaN.
+        lora_bias: ``(n,)``, added to the LoRA branch before ``scale``.
+        diagonal: ``(r,)``, between ``lora_a`` and ``lora_b``.
+        backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the first of triton, native, reference on CUDA
+            and of native, reference elsewhere that supports the call (see :func:`fastadapt.explain`).
+
+    Returns:
+        ``(..., n)``, contiguous, dtype of ``x``; products accumulate in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
+        RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.
+    """
+    given = (x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal)
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        given = *_autocast(x, weight, bias), *given[3:]
+        x = given[0]
+    _check(*given)
+    if isinstance(scale, (int, float)) and torch.compiler.is_compiling():
+        # A tensor, since a number would be compiled in: one graph a value.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        given = *given[:5], scale * torch.ones((), dtype=wide, device=x.device), *given[6:]
+    args = _arguments(*given)
+    name = _fwd.choose(backend, x.device.type, args)
+    if name == "reference":
+        x, weight, bias, lora_a, lora_b, scale, dropout_p, _, magnitude, lora_bias, diagonal = given
+        return lora_linear_reference(
+            x, weight, bias, lora_a, lora_b, scale=scale, dropout_p=dropout_p, dropout_seed=args[-1], magnitude=magnitude,
+            lora_bias=lora_bias, diagonal=diagonal,
+        )  # fmt: skip
+    *tensors, scale, dropout_p, seed = args
+    if needs_grad(*tensors):
+        return LoRALinear.apply((name, scale, dropout_p), *tensors, seed)
+    return getattr(_fwd, name)(*args)[0]
+
+
+lora_linear.leaf, lora_linear.arguments = _fwd, _arguments

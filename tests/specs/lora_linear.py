@@ -1,0 +1,209 @@
+import itertools
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from fastadapt.ops import lora_linear, lora_linear_reference
+from fastadapt.ops.dropout import kept, kept_scale
+from fastadapt.ops.lora_linear import _bwd, _fwd, row_norms
+
+from ..spec import Bad, Case, Compiled, Numerics, OpSpec
+
+
+def make(
+    dtype, device, *, shape, n, r, bias=True, scale=0.5, dropout=0.0, dora=False, lora_bias=False, diagonal=False,
+    transposed=False, parameters=None,
+):  # fmt: skip
+    """Arguments of a call. ``parameters`` is a dtype of their own for the parameters of the adapter."""
+    k = shape[-1]
+    parameters = dtype if parameters is None or dtype == torch.float64 else parameters
+    randn = lambda *s: torch.randn(s, dtype=torch.float32, device=device)  # noqa: E731
+    parameter = lambda *s, gain=1.0: (gain * randn(*s)).to(parameters)  # noqa: E731
+    weight = (randn(k, n).T if transposed else randn(n, k)) * k**-0.5
+    arguments = {
+        "x": randn(*shape).to(dtype),
+        "weight": weight.to(dtype),
+        "bias": randn(n).to(dtype) if bias else None,
+        "lora_a": parameter(r, k, gain=k**-0.5),
+        "lora_b": parameter(n, r, gain=r**-0.5),
+        "scale": {"0-d": parameter()}.get(scale, scale),
+    }
+    if dropout:
+        arguments |= {"dropout_p": dropout, "dropout_seed": torch.tensor(0x0123456789ABCDEF, device=device)}
+    if dora:
+        arguments["magnitude"] = 1 + parameter(n, gain=0.2)
+    if lora_bias:
+        arguments["lora_bias"] = parameter(n)
+    if diagonal:
+        arguments["diagonal"] = parameter(r)
+    return arguments
+
+
+def case(name, **options):
+    return Case(name, partial(make, **options))
+
+
+def bench(m, k, n, r, dropout):
+    return Case(
+        f"m{m}-k{k}-n{n}-r{r}-p{dropout}", partial(make, shape=(m, k), n=n, r=r, dropout=dropout),
+        flops=2 * m * k * n + 2 * m * r * (k + n), bytes=lambda item: (m * k + k * n + m * n) * item,
+    )  # fmt: skip
+
+
+EVERYTHING = {"scale": "0-d", "lora_bias": True, "diagonal": True}
+CASES = (
+    case("small", shape=(5, 33), n=21, r=7),
+    case("one", shape=(1, 1), n=1, r=1),
+    case("empty", shape=(0, 8), n=6, r=4),
+    case("vector", shape=(40,), n=24, r=4),
+    *(
+        case(f"m{m}-d{d}-r{r}", shape=(m, d), n=n, r=r)
+        for m, d, n, r in ((31, 63, 33, 15), (32, 64, 96, 16), (33, 65, 31, 17), (65, 129, 130, 48))
+    ),
+    case("wide", shape=(18, 200), n=90, r=130),
+    case("many-rows", shape=(150, 24), n=40, r=3),
+    case("4-d", shape=(2, 3, 2, 24), n=40, r=8),
+    case("bare", shape=(19, 40), n=24, r=8, bias=False, scale=1.0),
+    case("learned-scale", shape=(19, 40), n=24, r=8, scale="0-d"),
+    case("diagonal", shape=(19, 40), n=24, r=8, diagonal=True, bias=False),
+    case("lora-bias", shape=(19, 40), n=24, r=8, lora_bias=True, bias=False),
+    case("transposed", shape=(19, 40), n=24, r=5, transposed=True),
+    case("dropout", shape=(19, 43), n=24, r=8, dropout=0.1),
+    case("dora", shape=(19, 40), n=27, r=8, dora=True),
+    case("dora-with-everything", shape=(3, 7, 70), n=45, r=20, dora=True, **EVERYTHING),
+    case("everything", shape=(3, 7, 70), n=45, r=20, **EVERYTHING),
+    case("dropout-with-everything", shape=(3, 7, 70), n=45, r=20, dora=True, dropout=0.3, **EVERYTHING),
+    case("float32-parameters", shape=(19, 40), n=24, r=8, parameters=torch.float32, **EVERYTHING),
+)
+
+
+def change(**edits):
+    """Replace arguments; an edit that is a function gets all arguments of the good call."""
+    return lambda a: {**a, **{name: edit(a) if callable(edit) else edit for name, edit in edits.items()}}
+
+
+def cut(name):
+    return lambda a: a[name][1:]
+
+
+# Edits of the case "small": x (5, 33), n = 21, r = 7.
+BAD = (
+    Bad("x-integer", change(x=lambda a: a["x"].long()), TypeError, "x must be .*float32.*, got torch.int64"),
+    Bad("x-not-a-tensor", change(x=[1.0]), TypeError, "x must be a tensor, got list"),
+    Bad("weight-shape", change(weight=lambda a: a["weight"].T), ValueError,
+        r"weight must be \(n, k\) = \(n, 33\) to match x, got \(33, 21\)"),
+    Bad("weight-dtype", change(weight=lambda a: a["weight"].double()), TypeError,
+        "weight must be torch.float32 like x, got torch.float64"),
+    Bad("weight-device", change(weight=lambda a: a["weight"].to("meta")), ValueError,
+        "weight must be on .* like x, got meta"),
+    Bad("bias", change(bias=cut("bias")), ValueError, r"bias must be \(n,\) = \(21,\), got \(20,\)"),
+    Bad("ranks-differ", change(lora_b=lambda a: a["lora_b"][:, 1:]), ValueError,
+        r"lora_b must be \(n, r\) = \(21, 7\), got \(21, 6\)"),
+    Bad("zero-rank", lambda a: {**a, "lora_a": a["lora_a"][:0], "lora_b": a["lora_b"][:, :0]}, ValueError,
+        r"lora_a must be \(r, k\) with r at least 1, got \(0, 33\)"),
+    Bad("lora-a-shape", change(lora_a=lambda a: a["lora_a"][:, :32]), ValueError,
+        r"lora_a must be \(r, k\) = \(7, 33\), got \(7, 32\)"),
+    Bad("lora-a-none", change(lora_a=None), TypeError, "lora_a must be a tensor, got NoneType"),
+    Bad("lora-b-dtype",
+        lambda a: {k: v.half() if k in ("x", "weight", "bias", "lora_a") else v for k, v in a.items()}, TypeError,
+        "lora_b must be torch.float16 like lora_a, got torch.float32"),
+    Bad("scale-not-finite", change(scale=math.inf), ValueError, "scale must be finite, got inf"),
+    Bad("scale-shape", change(scale=lambda a: a["bias"]), ValueError, r"scale must be 0-d = \(\), got \(21,\)"),
+    Bad("scale-type", change(scale="big"), TypeError, "scale must be a number or a 0-d tensor, got str"),
+    Bad("dropout-one", change(dropout_p=1.0), ValueError, r"dropout_p must be a number in \[0, 1\), got 1.0"),
+    Bad("dropout-negative", change(dropout_p=-0.1), ValueError, r"dropout_p must be a number in \[0, 1\), got -0.1"),
+    Bad("seed-dtype", change(dropout_p=0.5, dropout_seed=lambda a: a["bias"][0]), ValueError,
+        r"dropout_seed must be a 0-d int64 tensor, got \(\) torch.float32"),
+    Bad("magnitude", change(magnitude=lambda a: a["x"][0]), ValueError, r"magnitude must be \(n,\) = \(21,\), got \(33,\)"),
+    Bad("lora-bias", change(lora_bias=lambda a: a["x"][0]), ValueError, r"lora_bias must be \(n,\) = \(21,\), got \(33,\)"),
+    Bad("diagonal", change(diagonal=lambda a: a["bias"]), ValueError, r"diagonal must be \(r,\) = \(7,\), got \(21,\)"),
+    Bad("backend", change(backend="cuda"), ValueError, "backend must be None or one of .*'native'.*, got 'cuda'"),
+)  # fmt: skip
+
+
+def leaf_args(arguments):
+    names = lora_linear.arguments.__code__.co_varnames[: lora_linear.arguments.__code__.co_argcount]
+    defaults = {"scale": 1.0, "dropout_p": 0.0}
+    return lora_linear.arguments(*(arguments.get(name, defaults.get(name)) for name in names))
+
+
+def bwd_leaf_args(grad_y, args, mask):
+    """What forward saves is drawn: those who call this look at shapes, dtypes and addresses."""
+    y, u = _fwd.fake(*args)
+    return (grad_y, args[0], torch.randn_like(u), torch.randn_like(y), *args[1:], mask)
+
+
+def compiled(dtype, shape, n, r, quick=(), precision="ieee", aligned=True, **options):
+    name = options.pop("name", f"m{shape[0]}-k{shape[1]}-n{n}-r{r}")
+    return Compiled(case(name, shape=shape, n=n, r=r, **options), dtype, quick, precision, aligned)
+
+
+def rounded(a, unit, points):
+    """The docstring's formula in float64, and its roundings."""
+    shape, x, scale = a["x"].shape, a["x"].reshape(-1, a["x"].shape[-1]), a["scale"]
+    p, weight, lora_a, lora_b = a.get("dropout_p", 0.0), a["weight"], a["lora_a"], a["lora_b"]
+    dropped = x * kept(a["dropout_seed"], *x.shape, p) * kept_scale(p) if p else x
+    u = F.linear(dropped, lora_a)
+    u = scale * (u * a["diagonal"] if "diagonal" in a else u)
+    y = F.linear(x, weight) + F.linear(u, lora_b)
+    if "lora_bias" in a:
+        y = y + scale * a["lora_bias"]
+    if "magnitude" in a:
+        y = y * (a["magnitude"] / row_norms(weight, lora_a, lora_b, scale, a.get("diagonal")))
+    if a["bias"] is not None:
+        y = y + a["bias"]
+    return y.view(*shape[:-1], -1)
+
+
+def predicted(a, unit):
+    return ()
+
+
+def fuzz(draw, st):
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    return case(
+        "fuzz",
+        shape=(*pick((0,), (1,), (2,), (3, 5), (16,), (17,), (2, 3, 5), (33,), (64,), (5, 19), (130,)),
+               pick(1, 2, 3, 8, 15, 16, 31, 40, 63, 65, 96)),
+        n=pick(1, 2, 7, 8, 17, 32, 33, 64, 70), r=pick(1, 2, 3, 5, 8, 16, 17, 24, 33, 64), bias=draw(st.booleans()),
+        scale=pick(0.5, 1.0, "0-d"), dropout=pick(0.0, 0.0, 0.1, 0.5), dora=draw(st.booleans()),
+        lora_bias=draw(st.booleans()), diagonal=draw(st.booleans()), transposed=draw(st.booleans()),
+        parameters=pick(None, None, torch.float32),
+    )  # fmt: skip
+
+
+NUMERICS = Numerics(
+    rounded=rounded,
+    predicted=predicted,
+    exact=(case("integers", shape=(33, 65), n=31, r=5, scale=2.0, diagonal=True, lora_bias=True),),
+    rows=(),
+    alone={},
+    paths=(
+        case("rows", shape=(130, 70), n=45, r=20, dropout=0.2, **EVERYTHING),
+        case("dora-rows", shape=(130, 70), n=45, r=20, dora=True, **EVERYTHING),
+        case("long-ranks", shape=(140, 60), n=50, r=1000),
+        case("columns-of-some-rows", shape=(270, 1500), n=300, r=132, scale="0-d"),
+    ),
+    fuzz=fuzz,
+)
+SIZES = ((384, 384), (768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 1024))
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SPEC = OpSpec(
+    op=lora_linear,
+    reference=lora_linear_reference,
+    fwd=_fwd,
+    bwd=_bwd,
+    leaf_args=leaf_args,
+    bwd_leaf_args=bwd_leaf_args,
+    bwd_outputs=("x", "weight", "bias", "lora_a", "lora_b", "diagonal", "magnitude"),
+    activations=("x",),
+    cases=CASES,
+    bench=tuple(
+        bench(m, k, n, r, p) for (k, n), r, m, p in itertools.product(SIZES, (8, 16, 64), (64, 512, 2048), (0.0, 0.1))
+    ),
+    bad=BAD,
+    numerics=NUMERICS,
+    large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), n=64, r=16, **EVERYTHING),
+)
