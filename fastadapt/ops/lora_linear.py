@@ -85,7 +85,10 @@ def _unsupported(backend, args):
 # beside the arguments, and ``y`` for the gradient of ``gain``. The gradients of ``_bwd`` come in the order of ``output_mask``:
 # x, weight, bias, lora_a, lora_b, diagonal, gain; those not wanted have shape (0,).
 _fwd = Leaf(
-    "lora_linear_fwd", f"(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}) -> (Tensor y, Tensor u)", _fwd_fake, _unsupported
+    "lora_linear_fwd",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}) -> (Tensor y, Tensor u)",
+    _fwd_fake,
+    _unsupported,
 )
 _bwd = Leaf(
     "lora_linear_bwd",
