@@ -18,8 +18,8 @@ def activation_dtype(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
 
-def parameter(name: str, value: Tensor | None, x: Tensor, shape: tuple, meaning: str) -> None:
-    """``value``, if given, must have ``shape``, the device of ``x`` and the dtype of ``x`` or float32."""
+def parameter(name: str, value: Tensor | None, x: Tensor, shape: tuple, meaning: str, like: str = "x") -> None:
+    """``value``, if given, must have ``shape``, the device of ``x`` and its dtype or float32; errors call ``x`` by ``like``."""
     if value is None:
         return
     tensor(name, value)
@@ -27,13 +27,13 @@ def parameter(name: str, value: Tensor | None, x: Tensor, shape: tuple, meaning:
         raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
     if value.dtype != x.dtype and not (value.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
         float32 = " or torch.float32" if x.dtype in (torch.float16, torch.bfloat16) else ""
-        raise TypeError(f"{name} must be {x.dtype} like x{float32}, got {value.dtype}")
-    same_device(name, value, x)
+        raise TypeError(f"{name} must be {x.dtype} like {like}{float32}, got {value.dtype}")
+    same_device(name, value, x, like)
 
 
-def same_device(name: str, value: Tensor, x: Tensor) -> None:
+def same_device(name: str, value: Tensor, x: Tensor, like: str = "x") -> None:
     if value.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+        raise ValueError(f"{name} must be on {x.device} like {like}, got {value.device}")
 
 
 def adapter_ids(ids: Tensor, x: Tensor, g: int) -> None:

@@ -1,5 +1,6 @@
 """lora_linear: y = gain * (x @ W.T + scale * dropout(x) @ A.T @ diag @ B.T) + bias."""
 
+import contextlib
 import math
 
 import torch
@@ -7,8 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check as check
+from .._dense import dense, is_packed
 from .._leaf import Leaf, differentiable_once, needs_grad
 from . import dropout
+
+
+def autocasts(t: Tensor) -> bool:
+    """Whether autocast is on where ``t`` is; the meta device has none."""
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
+
+def without_autocast(t: Tensor):
+    """A context in which products keep their dtype on the device of ``t``."""
+    return torch.autocast(t.device.type, enabled=False) if autocasts(t) else contextlib.nullcontext()
 
 
 def row_norms(
@@ -19,7 +31,7 @@ def row_norms(
     ``||w + u||^2 = ||w||^2 + 2 <w, u> + ||u||^2``, where with ``P = scale * lora_b @ diag(diagonal)`` the last two are the
     row sums of ``(weight @ lora_a.T) * P`` and of ``(P @ (lora_a @ lora_a.T)) * P``. Source: Liu et al. 2024, "DoRA".
     """
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(weight):
         wide = torch.promote_types(weight.dtype, torch.float32)
         a = lora_a.to(weight.dtype)
         update = scale * (lora_b if diagonal is None else lora_b * diagonal).to(wide)
@@ -118,24 +130,27 @@ _bwd.launch(_launch_bwd)
 class LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, constants, x, weight, bias, lora_a, lora_b, diagonal, gain, seed):
-        ctx.constants = backend, scale, dropout_p = constants
+        ctx.constants = backend, scale, dropout_p, packed = constants
         y, u = getattr(_fwd, backend)(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed)
         y_for_gain = y if ctx.needs_input_grad[7] else None
-        ctx.save_for_backward(x, u, y_for_gain, weight, bias, lora_a, lora_b, diagonal, gain, seed)
+        kept = weight if packed is None else None  # a quantised weight stays quantised until backward
+        ctx.save_for_backward(x, u, y_for_gain, kept, bias, lora_a, lora_b, diagonal, gain, seed)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_y):
-        *inputs, seed = ctx.saved_tensors
-        backend, scale, dropout_p = ctx.constants
+        x, u, y, weight, *inputs, seed = ctx.saved_tensors
+        backend, scale, dropout_p, packed = ctx.constants
         mask = list(ctx.needs_input_grad[1:8])
-        outputs = getattr(_bwd, backend)(grad_y, *inputs, scale, dropout_p, seed, mask) if any(mask) else ()
+        weight = weight if packed is None else dense(packed, x.dtype)
+        outputs = getattr(_bwd, backend)(grad_y, x, u, y, weight, *inputs, scale, dropout_p, seed, mask) if any(mask) else ()
         return (None, *(g if wanted else None for g, wanted in zip(outputs or mask, mask)), None)
 
 
 def _arguments(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal):
     """The arguments of the forward leaf: DoRA as a gain of the output, a scale that is a tensor as a diagonal, one bias."""
+    weight = dense(weight, x.dtype)
     gain = None if magnitude is None else magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal)
     if lora_bias is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -148,6 +163,27 @@ def _arguments(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, 
     if dropout_p and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
     return x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, dropout_seed if dropout_p else None
+
+
+def check_adapter(like, name, n, k, lora_a, lora_b, scale, magnitude, diagonal):
+    """Refuse what can't be an adapter of an ``(n, k)`` weight; dtype and device must go with ``like``, called ``name``."""
+    check.tensor("lora_a", lora_a)
+    if lora_a.dim() != 2 or lora_a.shape[0] == 0:
+        raise ValueError(f"lora_a must be (r, k) with r at least 1, got {tuple(lora_a.shape)}")
+    r = lora_a.shape[0]
+    check.parameter("lora_a", lora_a, like, (r, k), "(r, k)", name)
+    check.tensor("lora_b", lora_b)
+    check.parameter("lora_b", lora_b, like, (n, r), "(n, r)", name)
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b must be {lora_a.dtype} like lora_a, got {lora_b.dtype}")
+    if isinstance(scale, Tensor):
+        check.parameter("scale", scale, like, (), "0-d", name)
+    elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or a 0-d tensor, got {type(scale).__name__}")
+    elif isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    check.parameter("magnitude", magnitude, like, (n,), "(n,)", name)
+    check.parameter("diagonal", diagonal, like, (r,), "(r,)", name)
 
 
 def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal):
@@ -163,21 +199,7 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magn
     check.same_device("weight", weight, x)
     n = weight.shape[0]
     check.parameter("bias", bias, x, (n,), "(n,)")
-    check.tensor("lora_a", lora_a)
-    if lora_a.dim() != 2 or lora_a.shape[0] == 0:
-        raise ValueError(f"lora_a must be (r, k) with r at least 1, got {tuple(lora_a.shape)}")
-    r = lora_a.shape[0]
-    check.parameter("lora_a", lora_a, x, (r, k), "(r, k)")
-    check.tensor("lora_b", lora_b)
-    check.parameter("lora_b", lora_b, x, (n, r), "(n, r)")
-    if lora_b.dtype != lora_a.dtype:
-        raise TypeError(f"lora_b must be {lora_a.dtype} like lora_a, got {lora_b.dtype}")
-    if isinstance(scale, Tensor):
-        check.parameter("scale", scale, x, (), "0-d")
-    elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale must be a number or a 0-d tensor, got {type(scale).__name__}")
-    elif isinstance(scale, (int, float)) and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    check_adapter(x, "x", n, k, lora_a, lora_b, scale, magnitude, diagonal)
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
     if dropout_seed is not None:
@@ -185,15 +207,16 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magn
         if dropout_seed.dtype != torch.int64 or dropout_seed.dim():
             raise ValueError(f"dropout_seed must be a 0-d int64 tensor, got {tuple(dropout_seed.shape)} {dropout_seed.dtype}")
         check.same_device("dropout_seed", dropout_seed, x)
-    check.parameter("magnitude", magnitude, x, (n,), "(n,)")
     check.parameter("lora_bias", lora_bias, x, (n,), "(n,)")
-    check.parameter("diagonal", diagonal, x, (r,), "(r,)")
 
 
-def _autocast(x, weight, bias):
-    """What autocast makes of a linear layer: the frozen layer's operands in its dtype. Adapters may stay float32."""
+def _frozen_layer(x, weight, bias):
+    """The operands of the frozen layer: a quantised weight dense, and under autocast in its dtype. Adapters stay float32."""
+    weight = dense(weight, x.dtype)
+    if not autocasts(x):
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in (x, weight, bias))
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in (x, weight, bias))
 
 
 def lora_linear(
@@ -212,7 +235,9 @@ def lora_linear(
 
     Args:
         x: ``(..., k)``, any strides; float16, bfloat16, float32, or float64 on the CPU.
-        weight: ``(n, k)``, dtype of ``x``; a transposed view serves a layer that keeps ``(k, n)``.
+        weight: ``(n, k)``, dtype of ``x``; a transposed view serves a layer that keeps ``(k, n)``. Or a quantised weight, frozen:
+            an object with a ``dequantize()`` of its own, as torchao's, or a 4-bit one of bitsandbytes. It is made dense for
+            this call and once more in backward, so that nothing dense is kept between them.
         bias: ``(n,)`` or None. Like every parameter below: dtype of ``x``, or float32 under a 16-bit ``x``.
         lora_a, lora_b: ``(r, k)`` and ``(n, r)``.
         scale: a number or a 0-d tensor.
@@ -233,8 +258,9 @@ def lora_linear(
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.
     """
     given = (x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal)
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        given = *_autocast(x, weight, bias), *given[3:]
+    packed = weight if is_packed(weight) else None
+    if isinstance(x, Tensor):
+        given = *_frozen_layer(x, weight, bias), *given[3:]
         x = given[0]
     _check(*given)
     if isinstance(scale, (int, float)) and torch.compiler.is_compiling():
@@ -251,7 +277,7 @@ def lora_linear(
         )  # fmt: skip
     *tensors, scale, dropout_p, seed = args
     if needs_grad(*tensors):
-        return LoRALinear.apply((name, scale, dropout_p), *tensors, seed)
+        return LoRALinear.apply((name, scale, dropout_p, packed), *tensors, seed)
     return getattr(_fwd, name)(*args)[0]
 
 

@@ -1,0 +1,24 @@
+"""Frozen weights that are kept in another form: one protocol for their dense tensor."""
+
+import torch
+from torch import Tensor
+
+
+def is_packed(weight) -> bool:
+    """Whether ``weight`` brings a ``dequantize()`` of its own, as torchao's tensors do, or is a 4-bit one of bitsandbytes."""
+    if type(weight) is Tensor or type(weight) is torch.nn.Parameter:
+        return False
+    own = getattr(type(weight), "dequantize", Tensor.dequantize) is not Tensor.dequantize
+    return own or getattr(weight, "quant_state", None) is not None
+
+
+@torch.no_grad()
+def dense(weight, dtype: torch.dtype | None = None):
+    """The tensor that a packed weight stands for, in ``dtype`` if given; any other weight as it is."""
+    if not is_packed(weight):
+        return weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return weight.dequantize().to(dtype)
