@@ -2,5 +2,16 @@
 
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, ParallelAdapter
+from .freeze import freeze_except
+from .lora import LoRAEmbedding, LoRALinear
+from .lora_attention import LoRAMultiheadAttention
 
-__all__ = ["AdapterBank", "BottleneckAdapter", "ParallelAdapter"]
+__all__ = [
+    "AdapterBank",
+    "BottleneckAdapter",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "LoRAMultiheadAttention",
+    "ParallelAdapter",
+    "freeze_except",
+]

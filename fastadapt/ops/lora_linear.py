@@ -34,7 +34,7 @@ def row_norms(
     with torch.no_grad(), without_autocast(weight):
         wide = torch.promote_types(weight.dtype, torch.float32)
         a = lora_a.to(weight.dtype)
-        update = scale * (lora_b if diagonal is None else lora_b * diagonal).to(wide)
+        update = scale * (lora_b.to(wide) if diagonal is None else lora_b.to(wide) * diagonal)
         gram = a.to(wide) @ a.to(wide).T
         square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
         mixed = (weight @ a.T).to(wide)
@@ -152,13 +152,13 @@ def _arguments(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, 
     """The arguments of the forward leaf: DoRA as a gain of the output, a scale that is a tensor as a diagonal, one bias."""
     weight = dense(weight, x.dtype)
     gain = None if magnitude is None else magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal)
+    wide = torch.promote_types(x.dtype, torch.float32)
     if lora_bias is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
         added = scale * lora_bias.to(wide)
         added = added if gain is None else gain * added
         bias = added if bias is None else bias + added
     if isinstance(scale, Tensor):
-        diagonal = scale.expand(lora_a.shape[:1]) if diagonal is None else scale * diagonal
+        diagonal = scale.expand(lora_a.shape[:1]) if diagonal is None else scale * diagonal.to(wide)
         scale = 1.0
     if dropout_p and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
@@ -180,7 +180,7 @@ def check_adapter(like, name, n, k, lora_a, lora_b, scale, magnitude, diagonal):
         check.parameter("scale", scale, like, (), "0-d", name)
     elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or a 0-d tensor, got {type(scale).__name__}")
-    elif isinstance(scale, (int, float)) and not math.isfinite(scale):
+    elif isinstance(scale, (int, float)) and not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     check.parameter("magnitude", magnitude, like, (n,), "(n,)", name)
     check.parameter("diagonal", diagonal, like, (r,), "(r,)", name)
@@ -235,9 +235,9 @@ def lora_linear(
 
     Args:
         x: ``(..., k)``, any strides; float16, bfloat16, float32, or float64 on the CPU.
-        weight: ``(n, k)``, dtype of ``x``; a transposed view serves a layer that keeps ``(k, n)``. Or a quantised weight, frozen:
-            an object with a ``dequantize()`` of its own, as torchao's, or a 4-bit one of bitsandbytes. It is made dense for
-            this call and once more in backward, so that nothing dense is kept between them.
+        weight: ``(n, k)``, dtype of ``x``; a transposed view serves a layer that keeps ``(k, n)``. Or a frozen, quantised
+            weight: an object with a ``dequantize()`` of its own, as torchao's, or a 4-bit one of bitsandbytes. It is made
+            dense for this call and once more in backward, so that nothing dense is kept between them.
         bias: ``(n,)`` or None. Like every parameter below: dtype of ``x``, or float32 under a 16-bit ``x``.
         lora_a, lora_b: ``(r, k)`` and ``(n, r)``.
         scale: a number or a 0-d tensor.

@@ -1,0 +1,45 @@
+"""What is trained: by the type of module that a parameter belongs to, never by its name."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from .bank import AdapterBank
+from .bottleneck import BottleneckAdapter
+from .lora import LoRAEmbedding, LoRALinear
+from .lora_attention import LoRAMultiheadAttention
+
+KINDS = {
+    "bottleneck": (BottleneckAdapter, AdapterBank),
+    "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention),
+}
+
+
+def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) -> dict[str, nn.Parameter]:
+    """Freeze ``model`` but for the adapters in it.
+
+    Args:
+        model: a module that contains adapters.
+        kinds: one or more of ``"bottleneck"``, ``"lora"``, or types of modules, for example ``nn.LayerNorm``. The layers that
+            LoRA calls ``base`` stay frozen, whatever their type.
+
+    Returns:
+        The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
+
+    Raises:
+        ValueError: there is no such kind, or ``model`` has no module of a kind.
+    """
+    kinds = (kinds,) if isinstance(kinds, str | type) else tuple(kinds)
+    for kind in kinds:
+        if kind not in KINDS and not isinstance(kind, type):
+            raise ValueError(f"kinds must be types of modules or some of {tuple(KINDS)}, got {kind!r}")
+    model.requires_grad_(False)
+    bases = {p for module in model.modules() if isinstance(module, KINDS["lora"]) for p in module.base.parameters()}
+    for kind in kinds:
+        found = [module for module in model.modules() if isinstance(module, KINDS.get(kind, kind))]
+        if not found:
+            raise ValueError(f"model must have a module of the kind {kind!r}, got none")
+        for module in found:
+            for parameter in set(module.parameters()) - bases:
+                parameter.requires_grad_()
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
