@@ -299,7 +299,7 @@ SPEC = OpSpec(
     numerics=NUMERICS,
     compiled=COMPILED,
     huge=(
-        case("bank-of-sequences", shape=(2100, 1024, 1024), r=16, g=3, ids=[i % 4 - 1 for i in range(2100)], **EVERYTHING),
+        case("bank-of-sequences", shape=(2101, 1024, 1024), r=16, g=3, ids=[i % 4 - 1 for i in range(2101)], **EVERYTHING),
         case("bank-of-many", shape=(64, 1024), r=64, g=40_000, ids=[0, 39_999] * 32, **EVERYTHING),
     ),
     tiled=(
