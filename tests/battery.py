@@ -92,11 +92,11 @@ def check(spec, backend, make, wanted=None, layout=lambda name, t: t, unit=None)
     for draws in (1, 8):
         for arguments in (make() for _ in range(draws)):
             x = arguments[spec.activations[0]]
-            grad_y = torch.randn(x.shape, device=DEVICE).to(x.dtype)
+            grad_y = torch.randn(x.shape, device=x.device).to(x.dtype)
             options = {"wanted": wanted, "layout": layout}
             actual = run(spec.op, arguments, grad_y, backend=backend, **options)
             reference, oracle = (run(spec.reference, a, grad_y, **options) for a in (arguments, doubled(arguments)))
-            chosen = unit or rounding.unit(backend, x.dtype)
+            chosen = unit or rounding.unit(backend, x)
             sampled = samples(spec, arguments, grad_y, chosen, **options)
             for name in actual:
                 rounded = [s[name] for s in sampled]
