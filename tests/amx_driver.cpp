@@ -27,11 +27,11 @@ struct Buffer {
 
 void pack_all(bf16* packed, const void* w, bool is_float, int64_t stride_n, int64_t stride_k, const float* scale_k, int64_t n,
               int64_t k) {
-  for (int64_t unit = 0; unit < packed_size(n, k) / 1024; unit++)
+  for (int part = 0; part < 2; part++)
     if (is_float)
-      pack(packed, static_cast<const float*>(w), stride_n, stride_k, scale_k, n, k, unit);
+      pack_part(packed, static_cast<const float*>(w), stride_n, stride_k, scale_k, n, k, part, 2);
     else
-      pack(packed, static_cast<const bf16*>(w), stride_n, stride_k, scale_k, n, k, unit);
+      pack_part(packed, static_cast<const bf16*>(w), stride_n, stride_k, scale_k, n, k, part, 2);
 }
 
 }  // namespace
@@ -52,8 +52,8 @@ void amx_down(const bf16* const* x, int64_t m, int64_t k, const void* w, bool is
               const float* scale_k, int64_t n, const float* start, float* z, int64_t ldz) {
   Buffer<bf16> packed(packed_size(n, k)), scratch(scratch_size(m, k));
   pack_all(packed.p, w, is_float, stride_n, stride_k, scale_k, n, k);
-  const Session session(scratch.p, m);
-  down(session, x, m, k, packed.p, n, start, z, ldz);
+  const TileScope scope(scratch.p, m);
+  down(scope, x, m, k, packed.p, n, start, z, ldz);
 }
 
 void amx_up(const float* h, int64_t m, int64_t k, const void* w, bool is_float, int64_t stride_n, int64_t stride_k, int64_t n,
@@ -61,8 +61,8 @@ void amx_up(const float* h, int64_t m, int64_t k, const void* w, bool is_float, 
   Buffer<bf16> packed(packed_size(n, k)), scratch(scratch_size(m, 0)), a(round_up(m, 16) * round_up(k, 32));
   pack_all(packed.p, w, is_float, stride_n, stride_k, nullptr, n, k);
   round_rows(h, k, m, k, a.p);
-  const Session session(scratch.p, m);
-  up(session, a.p, m, k, packed.p, n, *epilogue, y);
+  const TileScope scope(scratch.p, m);
+  up(scope, a.p, m, k, packed.p, n, *epilogue, y);
 }
 
 // c += transpose(h) * x, or = if fresh, with the sums of the columns of x below if `ones`; rows of c are n floats.
@@ -73,8 +73,8 @@ void amx_accumulate(const float* h, int64_t m, int64_t r, bool ones, const bf16*
   for (int64_t i = 0; i < rows; i++) std::memcpy(sums.p + i * stride, c + i * n, n * 4);
   transpose_round(h, r, m, r, ones, at.p, round_up(m, 32));
   {
-    const Session session(scratch.p, m);
-    accumulate(session, at.p, round_up(m, 32), rows, x, m, n, fresh, sums.p, stride);
+    const TileScope scope(scratch.p, m);
+    accumulate(scope, at.p, round_up(m, 32), rows, x, m, n, fresh, sums.p, stride);
   }
   for (int64_t i = 0; i < rows; i++) std::memcpy(c + i * n, sums.p + i * stride, n * 4);
 }

@@ -93,11 +93,11 @@ def check(spec, backend, make, wanted=None, layout=lambda name, t: t, unit=None)
     for draws in (1, 8):
         for arguments in (make() for _ in range(draws)):
             y = spec.output(arguments)
-            grad_y = torch.randn(y.shape, device=DEVICE).to(y.dtype)
+            grad_y = torch.randn(y.shape, device=y.device).to(y.dtype)
             options = {"wanted": wanted, "layout": layout}
             actual = run(spec.op, arguments, grad_y, backend=backend, **options)
             reference, oracle = (run(spec.reference, a, grad_y, **options) for a in (arguments, doubled(arguments)))
-            chosen = unit or rounding.unit(backend, y.dtype)
+            chosen = unit or rounding.unit(backend, y)
             sampled = samples(spec, arguments, grad_y, chosen, **options)
             for name in actual:
                 rounded = [s[name] for s in sampled]

@@ -67,12 +67,12 @@ class Points:
         return _Also.apply(y, back)
 
 
-def unit(backend, dtype):
-    """What multiplies in this backend here, which decides on the points: "matrix" units round their operands, as those of
-    "amx" do in a way of their own; "vector" units keep float32."""
-    if backend != "native" or torch.cuda.is_available():
+def unit(backend, x):
+    """What multiplies in this backend where ``x`` is, which decides on the points: "matrix" units round their operands, as
+    those of "amx" do in a way of their own; "vector" units keep float32."""
+    if backend != "native" or not x.is_cpu:
         return "matrix"
-    return "amx" if dtype == torch.bfloat16 and fastadapt._C.cpu_target() == "amx" else "vector"
+    return "amx" if x.dtype == torch.bfloat16 and fastadapt._C.cpu_target() == "amx" else "vector"
 
 
 # A float32 sum rounds at every step. However a kernel orders it, the error of a sum of some hundred terms is like that of

@@ -75,7 +75,10 @@ class OpSpec:
     bad: tuple
     numerics: Numerics
     large: Callable[[int], Case]  # number -> a case with all that a call can have, its activation (m, d) of more elements
-    huge: tuple[Case, ...] = ()  # like ``large``, by other ways; run for their addresses alone, without memory
+    # Like ``large``, by other ways; run for their addresses alone, without memory. The last programs own the last rows.
+    huge: tuple[Case, ...] = ()
+    # More than 2**16 blocks of a launch, with the gradients of which, as of the output, the last blocks write the last entries.
+    many: tuple[tuple[Case, tuple[str, ...]], ...] = ()
     tiled: tuple[Case, ...] = ()  # a tile and a bit in every direction; together they reach every key of the tables of tiles
     planted: tuple[Case, ...] = ()  # loops of every kernel run three times, so that each of their barriers and waits counts
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there

@@ -229,7 +229,7 @@ def test_a_row_does_not_depend_on_its_block(lib):
 
 
 def test_threads_and_other_users_of_the_tiles(lib):
-    """Sessions on several threads, between bfloat16 products of PyTorch, which configures the tiles in its own way."""
+    """Scopes on several threads, between bfloat16 products of PyTorch, which configures the tiles in its own way."""
     x, w = integers(40, 64), integers(20, 64)
     expected, failures = (x.double() @ w.double().T).float(), []
 

@@ -134,16 +134,16 @@ def test_twenty_runs_agree(sanitize, op, case, sanitizer):
 # Text of csrc/cpu/bottleneck.cpp and its replacement, and what the sanitizer must say of it.
 PLANTED = {
     "address": (
-        "ScratchMemory memory(sizes.shared + call.parts * sizes.thread);",
-        "ScratchMemory memory(sizes.shared + (call.parts - 1) * sizes.thread);",
+        "ScratchMemory memory(sizes.shared + call.parts * sizes.thread",
+        "ScratchMemory memory(sizes.shared + (call.parts - 1) * sizes.thread",
         "AddressSanitizer: (heap-buffer-overflow|SEGV)",
     ),
     "undefined": (
-        "int64_t begin = m * chunk / chunks;", "int64_t begin = m * chunk * (int64_t{1} << 62) / chunks;",
+        "p.m * p.d * (p.r + 4) *", "p.m * p.d * (p.r + 4) * (int64_t{1} << 62) *",
         "runtime error: signed integer overflow",
     ),
     "thread": (
-        "k.forward(p, shared, threads + part * sizes.thread,", "k.forward(p, shared, threads,",
+        "k.forward(p, shared, thread, s);", "k.forward(p, shared, threads, s);",
         "ThreadSanitizer: data race",
     ),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 
+from . import numerics
 from .battery import TELLING, check, run
 from .gpuless import emulated, stable
 from .gpuless.emulated import CUDA
@@ -29,7 +30,8 @@ emulated_check = functools.partial(check, backend="native", unit="matrix")
 
 @pytest.fixture
 def emulate(monkeypatch):
-    """Puts an emulation of an op below it."""
+    """Puts an emulation of an op below it, on tensors of the CPU where there is a GPU too."""
+    monkeypatch.setattr(numerics, "DEVICE", "cpu")
 
     def install(op="bottleneck", call=None, **settings):
         stable.install(monkeypatch, SPECS[op], (call or module(op)).with_settings(**settings))

@@ -1,4 +1,5 @@
-"""Rows that lie more than 2**31 elements apart, of activations as small as any: what is touched is memory, the rest isn't."""
+"""What a launch can have many of: rows that lie more than 2**31 elements apart, in memory of which only they are touched, and
+blocks, of which only the first and last ones run."""
 
 import functools
 import mmap
@@ -9,7 +10,7 @@ import torch
 
 from fastadapt._leaf import INTERPRET
 
-from .battery import check
+from .battery import check, run
 from .gpuless import emulated, stable
 from .specs import SPECS
 
@@ -60,3 +61,15 @@ module = functools.cache(emulated.module)
 def test_emulated_cuda(op, room, monkeypatch):
     stable.install(monkeypatch, SPECS[op], module(op))
     far_rows({"unit": "matrix"}, SPECS[op])
+
+
+MANY = [pytest.param(op, *many, id=f"{op}-{many[0].name}") for op in emulated.ops() for many in SPECS[op].many]
+
+
+@pytest.mark.parametrize("op, case, names", MANY)
+def test_emulated_cuda_launches_the_last_blocks(op, case, names, monkeypatch):
+    stable.install(monkeypatch, SPECS[op], module(op).with_settings(most_blocks=64))
+    arguments = case.make(DTYPE, "cpu")
+    for name in names:  # alone, so that its last entry is in the last blocks of every launch
+        for result, t in run(SPECS[op].op, arguments, wanted={name}, backend="native").items():
+            assert t[-1].isfinite().all(), f"nothing has written the end of {result}"

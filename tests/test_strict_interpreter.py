@@ -87,10 +87,12 @@ LAYOUTS = {"contiguous": lambda t: t, "transposed": transposed}
     ],
 )
 def test_offsets_of_the_launches_are_64_bit(spec, case, layout):
-    """Programs from both ends of every launch. So many elements that columns overflow too where they are strided."""
+    """Programs from both ends of every launch, the last of which reach the end of all that is written. So many elements that
+    columns overflow too where they are strided."""
     with strict.ghosts() as launches:
         launch(spec, case.make(BF16, "meta"), LAYOUTS[layout])
     assert any(t.numel() > 2**31 for record in launches for t in record.tensors)
+    assert strict.unreached(launches) == [], "too few programs"
 
 
 def order_changes_no_bit(spec, case, dtype, seeds):

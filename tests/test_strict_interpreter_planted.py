@@ -101,9 +101,9 @@ def _atomic_kernel(x_ptr, value, PLAIN: tl.constexpr):
 
 def test_planted_races():
     x, y = torch.randn(10), torch.empty(10)
-    with fails("store by program . races with a store by another program, at element 0 of y_ptr"):
+    with fails("store by program . races with another program's store, at element 0 of y_ptr"):
         _copy_kernel[(3,)](x, y, 3, 0, BLOCK=1, MASK=True)
-    with fails("races with a .* by another program, at element . of x_ptr/y_ptr"):
+    with fails("races with another program's .*, at element . of x_ptr/y_ptr"):
         _copy_kernel[(3,)](x, x[1:], 3, 1, BLOCK=1, MASK=True)
     with fails("load by program 0 races with a store before a barrier"):
         _store_then_load_kernel[(1,)](x, BARRIER=False)
@@ -115,9 +115,9 @@ def test_planted_atomics():
     count = torch.zeros(1, dtype=torch.int32)
     _atomic_kernel[(5,)](count, 2, PLAIN=False)
     assert count.item() == 10
-    with fails("races with a"):
+    with fails("races with another program's (store|atomic)"):
         _atomic_kernel[(5,)](count, 2, PLAIN=True)
-    with fails("atomic by program . races with a atomic by another program"):  # no order of the sum is fixed
+    with fails("atomic by program . races with another program's atomic"):  # no order of the sum is fixed
         _atomic_kernel[(5,)](torch.zeros(1), 2.0, PLAIN=False)
     with fails("NotImplementedError"):
         _atomic_kernel[(1,)](torch.zeros(1, dtype=torch.bfloat16), 2.0, PLAIN=False)
@@ -297,6 +297,13 @@ def test_planted_offsets_of_int32(ids):
     assert [r.grid[0] for r in launches] == list(grid)
     with pytest.raises(TypeError, match="needs ghosts"):
         _rows_kernel[grid](None, y, 1024, BLOCK=64, WIDE=True)
+
+
+@pytest.mark.parametrize("rows", [3_000_000, 65_535])
+def test_planted_launch_of_too_few_programs(rows):
+    with strict.ghosts() as launches:
+        _rows_kernel[(rows,)](None, torch.empty((3_000_000, 1024), device="meta"), 1024, BLOCK=64, WIDE=True)
+    assert strict.unreached(launches) == (["y_ptr"] if rows < 3_000_000 else [])
 
 
 PINS = """

@@ -15,12 +15,7 @@ struct AmxPass : Pass<BFloat16, W> {
   using Base = Pass<BFloat16, W>;
   using T = BFloat16;
   using C = float;
-
-  // `small` holds the vectors; its packed weights stay null.
-  struct Weights {
-    Adapter<C> small;
-    T *down, *up, *up_back, *down_back;
-  };
+  using Weights = Adapter<C, T>;
 
   // Of a thread, for blocks of rows.
   struct Memory {
@@ -54,16 +49,17 @@ struct AmxPass : Pass<BFloat16, W> {
   static FA_INLINE int64_t kept_rows(const Problem& p) { return needs_up_product(p) ? p.r : 0; }
   static FA_INLINE bool needs_sums(const Problem& p) { return p.wants[grad_up_bias] || p.wants[grad_scale]; }
 
-  static FA_INLINE Weights weights(const Problem& p, Arena& arena) {
+  static FA_INLINE Weights adapter(const Problem& p, Arena& arena) {
     const int64_t d = p.d, r = p.r;
     Weights w = {};
-    w.small.down_bias = arena.take<C>(padded<C>(r));
-    w.small.up_bias = arena.take<C>(padded<C>(d) + panel_width<C>);
+    w.down_bias = arena.take<C>(padded<C>(r));
+    w.up_bias = arena.take<C>(padded<C>(d) + panel_width<C>);
+    if (p.by_columns) return w;
     if (needs_hidden(p)) w.down = arena.take<T>(amx::packed_size(r, d));
     if (!p.backward) w.up = arena.take<T>(amx::packed_size(d, r));
     if (p.backward && needs_grad_a(p)) w.up_back = arena.take<T>(amx::packed_size(r, d));
     if (p.backward && p.wants[grad_x]) w.down_back = arena.take<T>(amx::packed_size(d, r));
-    if (p.backward && p.wants[grad_x] && p.norm_weight.data) w.small.norm_sum = arena.take<C>(padded<C>(r));
+    if (p.backward && p.wants[grad_x] && p.norm_weight.data) w.norm_sum = arena.take<C>(padded<C>(r));
     return w;
   }
 
@@ -116,99 +112,43 @@ struct AmxPass : Pass<BFloat16, W> {
   }
 
   // The part of Kept that is a sum already.
-  static FA_INLINE Partial<C> partial(const Problem& p, Arena& arena) {
-    const Kept k = kept(p, arena);
+  static FA_INLINE Partial<C> sums_of(const Kept& k) {
     Partial<C> q = {};
     q.down_bias = k.down_bias;
     q.hidden_skip = k.hidden_skip;
     return q;
   }
+  static FA_INLINE Partial<C> partial(const Problem& p, Arena& arena) { return sums_of(kept(p, arena)); }
 
   static Sizes sizes(const Problem& p) {
     Arena shared(nullptr), thread(nullptr), columns(nullptr), part(nullptr);
     Base::common(p, shared);
-    weights(p, p.own_weights ? thread : shared);
+    adapter(p, p.own_weights ? thread : shared);
     memory(p, thread);
     if (p.backward) strip(p, columns), kept(p, part);
     return {shared.used(), most(thread.used(), columns.used()), part.used()};
   }
 
-  // Packs the share `part` of `parts` of a right operand.
-  static FA_INLINE void pack_share(const W* w, int64_t stride_n, int64_t stride_k, const C* scale, int64_t n, int64_t k,
-                                   T* packed, int64_t part, int64_t parts) {
-    const int64_t units = packed ? amx::packed_size(n, k) / 1024 : 0;
-    for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit)
-      amx::pack(packed, w, stride_n, stride_k, scale, n, k, unit);
-  }
-
   // The scale of up and the norm's weight of down_back are left to the epilogue, which applies them in float32.
   static void pack_adapter(const Problem& p, const Common<C>& c, const Weights& w, int64_t id, int64_t part, int64_t parts) {
     const W *down = Base::element(p.down, id, 0, 0), *up = Base::element(p.up, id, 0, 0);
-    pack_share(down, p.down.stride_0, p.down.stride_1, c.norm_weight, p.r, p.d, w.down, part, parts);
-    pack_share(up, p.up.stride_0, p.up.stride_1, nullptr, p.d, p.r, w.up, part, parts);
-    pack_share(up, p.up.stride_1, p.up.stride_0, c.scale, p.r, p.d, w.up_back, part, parts);
-    pack_share(down, p.down.stride_1, p.down.stride_0, nullptr, p.d, p.r, w.down_back, part, parts);
-    Base::pack_adapter(p, c, w.small, id, part, parts);
-  }
-
-  static void pack(const Problem& p, void* shared, int64_t part, int64_t parts) {
-    Arena arena(shared);
-    const Common<C> c = Base::common(p, arena);
-    pack_adapter(p, c, weights(p, arena), 0, part, parts);
-  }
-
-  static FA_INLINE Weights enter(const Problem& p, const Common<C>& c, Arena& shared, Arena& thread, const Segment& seg) {
-    if (!p.own_weights) return weights(p, shared);
-    const Weights w = weights(p, thread);
-    if (!seg.packed) {
-      Base::read_biases(p, c, w.small, seg.adapter);
-      pack_adapter(p, c, w, seg.adapter, 0, 1);
-    }
-    return w;
-  }
-
-  // The mean is refined by the sum of what it leaves, so that a large one does no harm.
-  static void moments(const Problem& p, const T* row, C* mean, C* rstd) {
-    const int64_t step = p.x.step, whole = p.d / lanes<C> * lanes<C>;
-    Vec<C> total = {}, rest = {}, square = {};
-    for (int64_t j = 0; j < p.d; j += lanes<C>) total += load_at<C>(row, j, p.d - j, step);
-    const C first = sum<C>(total) / p.d;
-    for (int64_t j = 0; j < p.d; j += lanes<C>) {
-      Vec<C> v = load_at<C>(row, j, p.d - j, step) - first;
-      for (int64_t t = p.d - j; j == whole && t < lanes<C>; ++t) v[t] = 0;
-      rest += v;
-      square += v * v;
-    }
-    const C shift = sum<C>(rest) / p.d, variance = sum<C>(square) / p.d - shift * shift;
-    *mean = first + shift;
-    // A single column has nothing to vary.
-    *rstd = p.d == 1 ? 0 : 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + static_cast<C>(p.norm_eps));
-  }
-
-  // Columns [c, c + width) of rows, contiguous: in place, or copied and (with mean) normalized.
-  static void left_rows(const Rows& rows, const T* const* from, int64_t n, int64_t c, int64_t width, const C* mean,
-                        const C* rstd, T* copy, const T** out) {
-    for (int64_t i = 0; i < n; ++i, copy += width) {
-      const T* row = from[i] + c * rows.step;
-      out[i] = rows.step == 1 && !mean ? row : copy;
-      if (out[i] == row) continue;
-      for (int64_t j = 0; j < width; j += lanes<C>) {
-        const Vec<C> v = load_at<C>(row, j, width - j, rows.step);
-        store_at<C>(copy + j, 0, width - j, mean ? (v - mean[i]) * rstd[i] : v);
-      }
-    }
+    amx::pack_part(w.down, down, p.down.stride_0, p.down.stride_1, c.norm_weight, p.r, p.d, part, parts);
+    amx::pack_part(w.up, up, p.up.stride_0, p.up.stride_1, nullptr, p.d, p.r, part, parts);
+    amx::pack_part(w.up_back, up, p.up.stride_1, p.up.stride_0, c.scale, p.r, p.d, part, parts);
+    amx::pack_part(w.down_back, down, p.down.stride_1, p.down.stride_0, nullptr, p.d, p.r, part, parts);
+    Base::add_norm(p, c, w, id, part, parts);
   }
 
   // Locates a block and the left operand of its down projection: x, or x normalized but for the norm's weight and bias.
   static void begin_block(const Problem& p, int64_t begin, int64_t n, const Memory& s, Block<T>& b, const T** left) {
     locate(p, begin, n, b);
     if (s.normed && needs_hidden(p)) {
-      for (int64_t i = 0; i < n; ++i) moments(p, b.x[i], s.mean + i, s.hidden.rstd + i);
-      left_rows(p.x, b.x, n, 0, p.d, s.mean, s.hidden.rstd, s.normed, left);
+      for (int64_t i = 0; i < n; ++i) moments(b.x[i], p.d, p.x.step, p.norm_eps, s.mean + i, s.hidden.rstd + i);
+      contiguous_rows(p.x, b.x, n, 0, p.d, s.mean, s.hidden.rstd, s.normed, left);
     }
-    if (s.x) left_rows(p.x, b.x, n, 0, p.d, nullptr, nullptr, s.x, b.x);
-    if (s.residual) left_rows(p.residual, b.residual, n, 0, p.d, nullptr, nullptr, s.residual, b.residual);
-    if (s.grad_y) left_rows(p.grad_y, b.grad_y, n, 0, p.d, nullptr, nullptr, s.grad_y, b.grad_y);
+    if (s.x) contiguous_rows(p.x, b.x, n, 0, p.d, s.x, b.x);
+    if (s.residual) contiguous_rows(p.residual, b.residual, n, 0, p.d, s.residual, b.residual);
+    if (s.grad_y) contiguous_rows(p.grad_y, b.grad_y, n, 0, p.d, s.grad_y, b.grad_y);
     for (int64_t i = 0; i < n && !s.normed; ++i) left[i] = b.x[i];
   }
 
@@ -216,33 +156,33 @@ struct AmxPass : Pass<BFloat16, W> {
     if (seg.adapter < 0) return Base::pass_through(p, seg);
     Arena shared(shared_memory), thread(thread_memory);
     const Common<C> c = Base::common(p, shared);
-    const Weights w = enter(p, c, shared, thread, seg);
+    const Weights w = Base::template enter<AmxPass>(p, c, shared, thread, seg);
     const Memory s = memory(p, thread);
     const int64_t block = block_rows(p), width = padded<C>(p.r);
-    const amx::Session session(s.tiles, round_up(block, 32));
+    const amx::TileScope scope(s.tiles, round_up(block, 32));
     Block<T> b;
     const T* left[max_rows];
     for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
       begin_block(p, begin, least(block, seg.end - begin), s, b, left);
-      amx::down(session, left, b.n, p.d, w.down, p.r, w.small.down_bias, s.hidden.z, width);
+      amx::down(scope, left, b.n, p.d, w.down, p.r, w.down_bias, s.hidden.z, width);
       Base::activate(p, b.n * width, s.hidden.z, c.hidden_skip);
       amx::round_rows(s.hidden.z, width, b.n, p.r, s.a);
       amx::Epilogue e;
       e.col_mul = c.scale;
-      e.col_add = w.small.up_bias;
+      e.col_add = w.up_bias;
       e.residual = p.add_x ? b.x : p.residual.data ? b.residual : nullptr;
       if (c.skip) e.col_skip = c.skip, e.skip = b.x;
-      amx::up(session, s.a, b.n, p.r, w.up, p.d, e, b.out);
+      amx::up(scope, s.a, b.n, p.r, w.up, p.d, e, b.out);
     }
   }
 
-  static void input_gradient(const Problem& p, const amx::Session& session, const Memory& s, const Common<C>& c,
+  static void input_gradient(const Problem& p, const amx::TileScope& scope, const Memory& s, const Common<C>& c,
                              const Weights& w, const Block<T>& b, const T* const* left) {
     amx::Epilogue e;
     if (p.add_x) e.residual = b.grad_y;
     if (c.skip) e.col_skip = c.skip, e.skip = b.grad_y;
     if (s.normed) {
-      Base::norm_means(p, b.n, s.hidden, w.small);
+      Base::norm_means(p, b.n, s.hidden, w);
       for (int64_t i = 0; i < b.n; ++i) {
         s.row_add[i] = -s.hidden.rstd[i] * s.hidden.mean[i];
         s.row_skip[i] = -s.hidden.rstd[i] * s.hidden.mean_x[i];
@@ -251,7 +191,7 @@ struct AmxPass : Pass<BFloat16, W> {
       e.row_mul = s.hidden.rstd, e.row_add = s.row_add, e.row_skip = s.row_skip, e.normed = left;
     }
     amx::round_rows(s.hidden.grad_a, padded<C>(p.r), b.n, p.r, s.a);
-    amx::up(session, s.a, b.n, p.r, w.down_back, p.d, e, b.out);
+    amx::up(scope, s.a, b.n, p.r, w.down_back, p.d, e, b.out);
   }
 
   static void backward(const Problem& p, void* shared_memory, void* thread_memory, const Segment& seg, void* partial_memory) {
@@ -261,28 +201,26 @@ struct AmxPass : Pass<BFloat16, W> {
     }
     Arena shared(shared_memory), thread(thread_memory), part(partial_memory);
     const Common<C> c = Base::common(p, shared);
-    const Weights w = enter(p, c, shared, thread, seg);
+    const Weights w = Base::template enter<AmxPass>(p, c, shared, thread, seg);
     const Memory s = memory(p, thread);
     const Kept k = kept(p, part);
-    Partial<C> q = {};
-    q.down_bias = k.down_bias;
-    q.hidden_skip = k.hidden_skip;
+    const Partial<C> q = sums_of(k);
     const int64_t block = block_rows(p), width = padded<C>(p.r), lda = round_up(seg.end - seg.begin, 32);
     for (int64_t j = 0; j < width; ++j) q.down_bias[j] = q.hidden_skip[j] = 0;
-    const amx::Session session(s.tiles, round_up(block, 32));
+    const amx::TileScope scope(s.tiles, round_up(block, 32));
     Block<T> b;
     const T* left[max_rows];
     for (int64_t at = 0; at < seg.end - seg.begin; at += block) {
       begin_block(p, seg.begin + at, least(block, seg.end - seg.begin - at), s, b, left);
       if (needs_hidden(p)) {
-        amx::down(session, left, b.n, p.d, w.down, p.r, w.small.down_bias, s.hidden.z, width);
-        if (needs_grad_a(p)) amx::down(session, b.grad_y, b.n, p.d, w.up_back, p.r, nullptr, s.hidden.grad_a, width);
+        amx::down(scope, left, b.n, p.d, w.down, p.r, w.down_bias, s.hidden.z, width);
+        if (needs_grad_a(p)) amx::down(scope, b.grad_y, b.n, p.d, w.up_back, p.r, nullptr, s.hidden.grad_a, width);
         Base::hidden_gradients(p, b.n, s.hidden, c.hidden_skip, q);
       }
       for (int64_t i = 0; k.mean && i < b.n; ++i) k.mean[at + i] = s.mean[i], k.rstd[at + i] = s.hidden.rstd[i];
       if (k.a) amx::transpose_round(s.hidden.a, width, b.n, kept_rows(p), needs_sums(p), k.a + at, lda);
       if (k.grad_z) amx::transpose_round(s.hidden.grad_a, width, b.n, p.r, false, k.grad_z + at, lda);
-      if (p.wants[grad_x]) input_gradient(p, session, s, c, w, b, left);
+      if (p.wants[grad_x]) input_gradient(p, scope, s, c, w, b, left);
     }
   }
 };
@@ -294,7 +232,7 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
   using C = float;
 
   // Adds a segment to the sums of columns [c, c + width).
-  static void add(const Problem& p, const amx::Session& session, const Segment& seg, const typename Base::Kept& k,
+  static void add(const Problem& p, const amx::TileScope& scope, const Segment& seg, const typename Base::Kept& k,
                   const typename Base::Strip& s, int64_t c, int64_t width, bool fresh) {
     const int64_t block = Base::block_rows(p), rows = seg.end - seg.begin, lda = round_up(rows, 32);
     const int64_t ldc = Base::product_stride(p);
@@ -302,12 +240,12 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
     const T *x[max_rows], *grad_y[max_rows];
     for (int64_t at = 0; at < rows; at += block, fresh = false) {
       locate(p, seg.begin + at, least(block, rows - at), b);
-      if (k.a || p.wants[grad_skip]) Base::left_rows(p.grad_y, b.grad_y, b.n, c, width, nullptr, nullptr, s.grad_y, grad_y);
+      if (k.a || p.wants[grad_skip]) contiguous_rows(p.grad_y, b.grad_y, b.n, c, width, s.grad_y, grad_y);
       if (k.a)
-        amx::accumulate(session, k.a + at, lda, Base::kept_rows(p) + Base::needs_sums(p), grad_y, b.n, width, fresh, s.up, ldc);
+        amx::accumulate(scope, k.a + at, lda, Base::kept_rows(p) + Base::needs_sums(p), grad_y, b.n, width, fresh, s.up, ldc);
       if (k.grad_z) {
-        Base::left_rows(p.x, b.x, b.n, c, width, k.mean ? k.mean + at : nullptr, k.mean ? k.rstd + at : nullptr, s.x, x);
-        amx::accumulate(session, k.grad_z + at, lda, p.r, x, b.n, width, fresh, s.down, ldc);
+        contiguous_rows(p.x, b.x, b.n, c, width, k.mean ? k.mean + at : nullptr, k.mean ? k.rstd + at : nullptr, s.x, x);
+        amx::accumulate(scope, k.grad_z + at, lda, p.r, x, b.n, width, fresh, s.down, ldc);
       }
       for (int64_t j = 0; p.wants[grad_skip] && j < width; j += lanes<C>) {
         Vec<C> total = fresh ? Vec<C>{} : load<C>(s.skip + j);
@@ -327,7 +265,7 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
   }
 
   // The gradients of the weights in columns [c, c + width).
-  static void weight_gradients(const Problem& p, const Common<C>& common, const amx::Session& session,
+  static void weight_gradients(const Problem& p, const Common<C>& common, const amx::TileScope& scope,
                                const typename Base::Strip& s, const Segment* segments, int64_t count, void* partials,
                                int64_t bytes, int64_t c, int64_t width) {
     typename Base::Sums sums[strip_width / lanes<C>] = {};
@@ -338,7 +276,7 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
       for (int64_t j = 0; j < padded<C>(p.r); ++j) s.down_bias[j] = 0;
       for (int64_t i = run.first; i < run.last; ++i) {
         Arena arena(run.memory + i * bytes);
-        add(p, session, segments[i], Base::kept(p, arena), s, c, width, i == run.first);
+        add(p, scope, segments[i], Base::kept(p, arena), s, c, width, i == run.first);
       }
       typename Base::Whole whole = {};
       whole.sums.up = s.up - c;
@@ -364,9 +302,9 @@ struct AmxReduce : Reduce<BFloat16, W, AmxPass<W>> {
     const Common<C> common = Base::common(p, shared);
     const typename Base::Strip s = Base::strip(p, thread);
     const int64_t bytes = Base::sizes(p).partial;
-    const amx::Session session(s.tiles, Base::block_rows(p));
+    const amx::TileScope scope(s.tiles, Base::block_rows(p));
     each_strip(p, part, parts, [&](int64_t c, int64_t width) {
-      weight_gradients(p, common, session, s, segments, count, partials, bytes, c, width);
+      weight_gradients(p, common, scope, s, segments, count, partials, bytes, c, width);
     });
   }
 

@@ -15,7 +15,7 @@ struct AmxColumns : AmxReduce<W> {
 
   struct Shared {
     Common<C> common;
-    C *down_bias, *up_bias;
+    typename Base::Weights adapter;  // the biases
     Scratch<C> hidden;            // z, grad_a and a of every row
     C *z_chunks, *grad_a_chunks;  // column_chunks of them
     T* a;                         // the left operand of expand
@@ -32,8 +32,7 @@ struct AmxColumns : AmxReduce<W> {
   static FA_INLINE Shared layout(const Problem& p, Arena& arena) {
     Shared s = {};
     s.common = Base::common(p, arena);
-    s.down_bias = arena.take<C>(padded<C>(p.r));
-    s.up_bias = arena.take<C>(padded<C>(p.d) + panel_width<C>);
+    s.adapter = Base::adapter(p, arena);
     s.a = arena.take<T>(round_up(p.m, 16) * round_up(p.r, 32));
     s.hidden.z = arena.take<C>(hidden_size(p));
     s.z_chunks = arena.take<C>(column_chunks * hidden_size(p));
@@ -55,25 +54,16 @@ struct AmxColumns : AmxReduce<W> {
     return l;
   }
 
-  static Sizes sizes(const Problem& p) {
-    if (!p.by_columns) return Base::sizes(p);
-    Arena shared(nullptr), thread(nullptr), part(nullptr);
-    layout(p, shared);
-    local(p, thread);
-    if (p.backward) Base::kept(p, part);
-    return {shared.used(), thread.used(), part.used()};
-  }
-
   // z = rows * packed over columns [c, c + n).
-  static void product(const Problem& p, const amx::Session& session, const Local& l, const Rows& rows, int64_t c, int64_t n,
+  static void product(const Problem& p, const amx::TileScope& scope, const Local& l, const Rows& rows, int64_t c, int64_t n,
                       C* z) {
     const int64_t block = Base::block_rows(p), ldz = padded<C>(p.r);
     const T *from[max_rows], *left[max_rows];
     for (int64_t i = 0; i < p.m; i += block) {
       const int64_t count = least(block, p.m - i);
-      locate(p, rows, i, count, from);
-      Base::left_rows(rows, from, count, c, n, nullptr, nullptr, l.x, left);
-      amx::down(session, left, count, n, l.packed, p.r, nullptr, z + i * ldz, ldz);
+      locate_rows(rows, p.order, i, count, from);
+      contiguous_rows(rows, from, count, c, n, l.x, left);
+      amx::down(scope, left, count, n, l.packed, p.r, nullptr, z + i * ldz, ldz);
     }
   }
 
@@ -82,17 +72,17 @@ struct AmxColumns : AmxReduce<W> {
     Arena shared(shared_memory), thread(thread_memory);
     const Shared s = layout(p, shared);
     const Local l = local(p, thread);
-    const amx::Session session(l.tiles, Base::block_rows(p));
+    const amx::TileScope scope(l.tiles, Base::block_rows(p));
     const int64_t size = hidden_size(p), width = chunk_width(p);
     const W *down = Base::element(p.down, 0, 0, 0), *up = Base::element(p.up, 0, 0, 0);
     for (int64_t chunk = column_chunks * part / parts; chunk < column_chunks * (part + 1) / parts; ++chunk) {
       const int64_t c = least(p.d, chunk * width), n = least(p.d, c + width) - c;
-      Base::pack_share(down + c * p.down.stride_1, p.down.stride_0, p.down.stride_1, nullptr, p.r, n, l.packed, 0, 1);
-      product(p, session, l, p.x, c, n, s.z_chunks + chunk * size);
+      amx::pack_part(l.packed, down + c * p.down.stride_1, p.down.stride_0, p.down.stride_1, nullptr, p.r, n, 0, 1);
+      product(p, scope, l, p.x, c, n, s.z_chunks + chunk * size);
       if (!p.backward || !needs_grad_a(p)) continue;
       const C* scale = s.common.scale ? s.common.scale + c : nullptr;
-      Base::pack_share(up + c * p.up.stride_0, p.up.stride_1, p.up.stride_0, scale, p.r, n, l.packed, 0, 1);
-      product(p, session, l, p.grad_y, c, n, s.grad_a_chunks + chunk * size);
+      amx::pack_part(l.packed, up + c * p.up.stride_0, p.up.stride_1, p.up.stride_0, scale, p.r, n, 0, 1);
+      product(p, scope, l, p.grad_y, c, n, s.grad_a_chunks + chunk * size);
     }
   }
 
@@ -110,15 +100,13 @@ struct AmxColumns : AmxReduce<W> {
     Arena shared(shared_memory), part(partial_memory);
     const Shared s = layout(p, shared);
     const int64_t width = padded<C>(p.r), lda = round_up(p.m, 32);
-    if (needs_hidden(p)) add_chunks(p, s.z_chunks, s.down_bias, s.hidden.z);
+    if (needs_hidden(p)) add_chunks(p, s.z_chunks, s.adapter.down_bias, s.hidden.z);
     if (!p.backward) {
       Base::activate(p, p.m * width, s.hidden.z, s.common.hidden_skip);
       return amx::round_rows(s.hidden.z, width, p.m, p.r, s.a);
     }
     const typename Base::Kept k = Base::kept(p, part);
-    Partial<C> q = {};
-    q.down_bias = k.down_bias;
-    q.hidden_skip = k.hidden_skip;
+    const Partial<C> q = Base::sums_of(k);
     for (int64_t j = 0; j < width; ++j) q.down_bias[j] = q.hidden_skip[j] = 0;
     if (needs_grad_a(p)) add_chunks(p, s.grad_a_chunks, nullptr, s.hidden.grad_a);
     if (needs_hidden(p)) Base::hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
@@ -128,25 +116,25 @@ struct AmxColumns : AmxReduce<W> {
   }
 
   // Columns [c, c + width) of y or grad_x.
-  static void outputs(const Problem& p, const amx::Session& session, const Shared& s, const Local& l, int64_t c,
+  static void outputs(const Problem& p, const amx::TileScope& scope, const Shared& s, const Local& l, int64_t c,
                       int64_t width) {
     const Weight& w = p.backward ? p.down : p.up;
     const int64_t stride_n = p.backward ? w.stride_1 : w.stride_0, stride_k = p.backward ? w.stride_0 : w.stride_1;
-    Base::pack_share(static_cast<const W*>(w.data) + c * stride_n, stride_n, stride_k, nullptr, width, p.r, l.packed, 0, 1);
+    amx::pack_part(l.packed, static_cast<const W*>(w.data) + c * stride_n, stride_n, stride_k, nullptr, width, p.r, 0, 1);
     const int64_t block = Base::block_rows(p);
     Block<T> b;
     const T *x[max_rows], *residual[max_rows];
     const T* const* from = p.backward ? b.grad_y : b.x;
     amx::Epilogue e;
-    if (!p.backward) e.col_mul = s.common.scale ? s.common.scale + c : nullptr, e.col_add = s.up_bias + c;
+    if (!p.backward) e.col_mul = s.common.scale ? s.common.scale + c : nullptr, e.col_add = s.adapter.up_bias + c;
     if (p.add_x || p.residual.data) e.residual = p.add_x ? x : residual;
     if (s.common.skip) e.col_skip = s.common.skip + c, e.skip = x;
     for (int64_t i = 0; i < p.m; i += block) {
       locate(p, i, least(block, p.m - i), b);
-      Base::left_rows(p.backward ? p.grad_y : p.x, from, b.n, c, width, nullptr, nullptr, l.x, x);
-      if (p.residual.data) Base::left_rows(p.residual, b.residual, b.n, c, width, nullptr, nullptr, l.residual, residual);
+      contiguous_rows(p.backward ? p.grad_y : p.x, from, b.n, c, width, l.x, x);
+      if (p.residual.data) contiguous_rows(p.residual, b.residual, b.n, c, width, l.residual, residual);
       for (int64_t t = 0; t < b.n; ++t) b.out[t] += c;
-      amx::up(session, s.a + i * round_up(p.r, 32), b.n, p.r, l.packed, width, e, b.out);
+      amx::up(scope, s.a + i * round_up(p.r, 32), b.n, p.r, l.packed, width, e, b.out);
     }
   }
 
@@ -154,20 +142,17 @@ struct AmxColumns : AmxReduce<W> {
     Arena shared(shared_memory), thread(thread_memory);
     const Shared s = layout(p, shared);
     const Local l = local(p, thread);
-    const amx::Session session(l.tiles, Base::block_rows(p));
+    const amx::TileScope scope(l.tiles, Base::block_rows(p));
     const Segment all = {0, 0, p.m};
+    const int64_t bytes = Base::sizes(p).partial;
     Base::each_strip(p, part, parts, [&](int64_t c, int64_t width) {
-      if (!p.backward || p.wants[grad_x]) outputs(p, session, s, l, c, width);
-      if (p.backward) Base::weight_gradients(p, s.common, session, l.strip, &all, 1, partials, sizes(p).partial, c, width);
+      if (!p.backward || p.wants[grad_x]) outputs(p, scope, s, l, c, width);
+      if (p.backward) Base::weight_gradients(p, s.common, scope, l.strip, &all, 1, partials, bytes, c, width);
     });
   }
 
   static Kernel kernel() {
-    Kernel k = Base::kernel();
-    k.sizes = sizes;
-    k.project = project;
-    k.hidden = hidden;
-    k.expand = expand;
+    Kernel k = column_kernel<AmxColumns>();
     k.most_column_rows = 128;
     return k;
   }

@@ -1,35 +1,14 @@
 #pragma once
-#include "types.h"
+#include "views.h"
 
 namespace fastadapt::bottleneck {
 
-// Row i of an activation starts `offsets[order]`, or order * ld, elements behind data; its elements are `step` apart.
-struct Rows {
-  const void* data = nullptr;
-  int64_t ld = 0, step = 1;
-  const int64_t* offsets = nullptr;
-};
+using namespace fastadapt::cpu;
 
-// Element (adapter, i, j) is at data[adapter * stride_g + i * stride_0 + j * stride_1].
-struct Weight {
-  const void* data = nullptr;
-  int64_t stride_g = 0, stride_0 = 0, stride_1 = 0;
+enum Gradient {
+  grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, grad_scale, grad_norm_weight, grad_norm_bias, grad_skip,
+  grad_hidden_skip, gradients
 };
-
-// A vector in the dtype of x, or in float32; a stride of 0 repeats a scalar.
-struct Parameter {
-  const void* data = nullptr;
-  bool like_x = true;
-  int64_t stride_g = 0, stride = 0;
-};
-
-// Consecutive rows (in `order`) of one adapter, worked on by one thread; adapter -1 has no weights.
-struct Segment {
-  int64_t adapter, begin, end;
-  bool packed = false;  // the thread's memory holds its weights already
-};
-
-enum Gradient { grad_x, grad_down, grad_up, grad_down_bias, grad_up_bias, grad_scale, grad_norm_weight, grad_norm_bias, grad_skip, grad_hidden_skip, gradients };
 
 struct Problem {
   int64_t m = 0, d = 0, r = 0, g = 1;

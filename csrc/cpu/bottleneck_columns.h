@@ -14,6 +14,27 @@ constexpr int64_t column_chunks = 8;
 // Rows that a thread works on at once.
 constexpr int64_t row_block = 96;
 
+// The memory of K, which goes by columns or, as its base, by rows.
+template <class K>
+Sizes column_sizes(const Problem& p) {
+  if (!p.by_columns) return K::Base::sizes(p);
+  Arena shared(nullptr), thread(nullptr), part(nullptr);
+  K::layout(p, shared);
+  K::local(p, thread);
+  if (p.backward) K::partial(p, part);
+  return {shared.used(), thread.used(), part.used()};
+}
+
+template <class K>
+Kernel column_kernel() {
+  Kernel k = K::Base::kernel();
+  k.sizes = column_sizes<K>;
+  k.project = K::project;
+  k.hidden = K::hidden;
+  k.expand = K::expand;
+  return k;
+}
+
 template <class T, class W>
 struct Columns : Reduce<T, W> {
   using Base = Reduce<T, W>;
@@ -62,17 +83,9 @@ struct Columns : Reduce<T, W> {
     return l;
   }
 
-  static Sizes sizes(const Problem& p) {
-    if (!p.by_columns) return Base::sizes(p);
-    Arena shared(nullptr), thread(nullptr), part(nullptr);
-    layout(p, shared);
-    local(p, thread);
-    Base::partial(p, part);
-    return {shared.used(), thread.used(), p.backward ? part.used() : 0};
-  }
-
   // Columns [c, c + n) of some rows, in place or copied, see `operand`.
-  static FA_INLINE Operand<C> columns(const T* const* rows, int64_t m, int64_t c, int64_t n, int64_t step, C* copy, bool whole = false) {
+  static FA_INLINE Operand<C> columns(const T* const* rows, int64_t m, int64_t c, int64_t n, int64_t step, C* copy,
+                                      bool whole = false) {
     const T* at[max_rows];
     for (int64_t i = 0; i < m; ++i) at[i] = rows[i] + c * step;
     return operand(at, m, n, step, copy, whole);
@@ -93,7 +106,7 @@ struct Columns : Reduce<T, W> {
                             bool fresh, C* z, C* grad_a) {
     const int64_t ldz = padded<C>(p.r);
     const Source<C, W> down = {Base::element(p.down, 0, 0, c), p.down.stride_1, p.down.stride_0, n, p.r, nullptr, nullptr};
-    fastadapt::FA_TARGET::pack(down, l.packed, 0, pack_units<C>(n, p.r));
+    pack_part(down, l.packed, 0, 1);
     for_row_blocks(p, begin, end, [&](const Block<T>& b, int64_t row) FA_FORCED {
       const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
       gemm(b.n, n, p.r, x.data, x.ld, l.packed, static_cast<const C*>(nullptr), !fresh, z + row * ldz, ldz);
@@ -101,7 +114,7 @@ struct Columns : Reduce<T, W> {
     if (!grad_a) return;
     const Source<C, W> up = {Base::element(p.up, 0, c, 0), p.up.stride_0, p.up.stride_1, n, p.r,
                              s.common.scale ? s.common.scale + c : nullptr, nullptr};
-    fastadapt::FA_TARGET::pack(up, l.packed, 0, pack_units<C>(n, p.r));
+    pack_part(up, l.packed, 0, 1);
     for_row_blocks(p, begin, end, [&](const Block<T>& b, int64_t row) FA_FORCED {
       const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
       gemm(b.n, n, p.r, g.data, g.ld, l.packed, static_cast<const C*>(nullptr), !fresh, grad_a + row * ldz, ldz);
@@ -117,17 +130,19 @@ struct Columns : Reduce<T, W> {
     if (!few(p)) {
       const int64_t blocks = ceil_div(p.m, row_block), begin = blocks * part / parts * row_block;
       const int64_t end = least(p.m, blocks * (part + 1) / parts * row_block);
+      C* grad_a = both ? s.hidden.grad_a : nullptr;
       for (int64_t c = 0; c < p.d; c += strip_width)
-        project_strip(p, s, l, c, least(strip_width, p.d - c), begin, end, c == 0, s.hidden.z, both ? s.hidden.grad_a : nullptr);
+        project_strip(p, s, l, c, least(strip_width, p.d - c), begin, end, c == 0, s.hidden.z, grad_a);
       return activate_rows(p, s, begin, end);
     }
     const int64_t size = hidden_size(p), width = round_up(ceil_div(p.d, column_chunks), lanes<C>);
     for (int64_t chunk = column_chunks * part / parts; chunk < column_chunks * (part + 1) / parts; ++chunk) {
       const int64_t begin = least(p.d, chunk * width), end = least(p.d, begin + width);
+      C *z = s.z_chunks + chunk * size, *grad_a = both ? s.grad_a_chunks + chunk * size : nullptr;
       int64_t c = begin;
       do {  // an empty chunk still clears its sums
         const int64_t n = least(strip_width, end - c);
-        project_strip(p, s, l, c, n, 0, p.m, c == begin, s.z_chunks + chunk * size, both ? s.grad_a_chunks + chunk * size : nullptr);
+        project_strip(p, s, l, c, n, 0, p.m, c == begin, z, grad_a);
         c += n;
       } while (c < end);
     }
@@ -210,7 +225,8 @@ struct Columns : Reduce<T, W> {
       pack_strip(p, p.up, p.up.stride_0, p.up.stride_1, c, n, s.common.scale, l.packed);
       for_row_blocks(p, 0, p.m, [&](const Block<T>& b, int64_t row) FA_FORCED {
         const int64_t ldz = padded<C>(p.r);
-        gemm_epilogue(b.n, p.r, n, s.hidden.z + row * ldz, ldz, l.packed, s.adapter.up_bias + c, UpEpilogue<T, C>{b, p, s.common.skip, c});
+        gemm_epilogue(b.n, p.r, n, s.hidden.z + row * ldz, ldz, l.packed, s.adapter.up_bias + c,
+                      UpEpilogue<T, C>{b, p, s.common.skip, c});
       });
     }
   }
@@ -247,17 +263,10 @@ struct Columns : Reduce<T, W> {
                                    int64_t n, const C* scale, C* packed) {
     const W* data = static_cast<const W*>(w.data) + c * column_stride;
     const Source<C, W> source = {data, rank_stride, column_stride, p.r, n, nullptr, scale ? scale + c : nullptr};
-    fastadapt::FA_TARGET::pack(source, packed, 0, pack_units<C>(p.r, n));
+    pack_part(source, packed, 0, 1);
   }
 
-  static Kernel kernel() {
-    Kernel k = Base::kernel();
-    k.sizes = sizes;
-    k.project = project;
-    k.hidden = hidden;
-    k.expand = expand;
-    return k;
-  }
+  static Kernel kernel() { return column_kernel<Columns>(); }
 };
 
 }  // namespace fastadapt::FA_TARGET::bottleneck

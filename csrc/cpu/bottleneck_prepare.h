@@ -3,6 +3,7 @@
 #include "activation.h"
 #include "bottleneck_args.h"
 #include "narrow.h"
+#include "rows.h"
 
 namespace fastadapt::FA_TARGET::bottleneck {
 
@@ -15,16 +16,13 @@ struct Common {
 
 // One adapter, with the scale folded into the up projection and the norm's weight and bias into the down projection:
 // z = xhat @ (Wd * norm_weight).T + (bd + Wd @ norm_bias).
-template <class C>
+template <class C, class Packed = C>
 struct Adapter {
-  C *down, *up;            // packed as d x r (see `project`) and r x d
-  C *down_bias, *up_bias;  // (r,), (d,)
-  C *up_back, *down_back;  // backward: packed as d x r and r x d
-  C* norm_sum;             // backward under a norm: Wd @ norm_weight
+  C *down_bias, *up_bias;       // (r,), (d,)
+  C* norm_sum;                  // backward under a norm: Wd @ norm_weight
+  Packed *down, *up;            // d x r, as for project_rows, and r x d
+  Packed *up_back, *down_back;  // backward: d x r and r x d
 };
-
-// Rows that a thread works on at once: enough to reuse a panel, few enough for the block to stay in the second-level cache.
-constexpr int64_t max_rows = 128;
 
 // Columns that a thread works on at once where threads share the columns.
 constexpr int64_t strip_width = 256;
@@ -37,20 +35,21 @@ FA_INLINE int64_t block_rows(const Problem& p) {
 
 template <class C>
 struct Scratch {
-  C *x, *grad_y;                // rows in the compute type, where they can't be read in place
+  C *x, *grad_y;  // rows in the compute type, where they can't be read in place
   C *z, *grad_a, *a;
-  C *rstd, *mean, *mean_x;      // one a row, for the norm
+  C *rstd, *mean, *mean_x;  // one a row, for the norm
 };
 
 template <class C>
 struct Partial {
-  C *up, *down;                   // r x d: a.T @ G and grad_z.T @ xhat, rows product_stride apart; by columns they never lie here
-  C *sum_g, *skip;                // (d,)
-  C *down_bias, *hidden_skip;     // (r,)
+  C *up, *down;                // r x d: a.T @ G and grad_z.T @ xhat, rows product_stride apart; by columns never here
+  C *sum_g, *skip;             // (d,)
+  C *down_bias, *hidden_skip;  // (r,)
 };
 
 FA_INLINE bool needs_hidden_grad(const Problem& p) {
-  return p.wants[grad_x] || p.wants[grad_down] || p.wants[grad_down_bias] || p.wants[grad_norm_weight] || p.wants[grad_norm_bias];
+  return p.wants[grad_x] || p.wants[grad_down] || p.wants[grad_down_bias] || p.wants[grad_norm_weight] ||
+         p.wants[grad_norm_bias];
 }
 FA_INLINE bool needs_up_product(const Problem& p) { return p.wants[grad_up] || p.wants[grad_scale]; }
 FA_INLINE bool needs_down_product(const Problem& p) { return p.wants[grad_down] || p.wants[grad_norm_weight]; }
@@ -58,7 +57,8 @@ FA_INLINE bool needs_grad_a(const Problem& p) { return needs_hidden_grad(p) || p
 FA_INLINE bool needs_hidden(const Problem& p) { return !p.backward || needs_grad_a(p) || needs_up_product(p); }
 
 template <class T, class W>
-struct Types {
+struct Types : Parameters<T, W> {
+  using Base = Parameters<T, W>;
   using C = Compute<T>;
 
   static FA_INLINE Common<C> common(const Problem& p, Arena& arena) {
@@ -78,10 +78,9 @@ struct Types {
     a.down_bias = arena.take<C>(padded<C>(r));
     a.up_bias = arena.take<C>(padded<C>(d) + panel_width<C>);
     if (p.by_columns) return a;
-    const int64_t to_hidden = is_narrow(r) ? narrow_size<C>(d) : packed_size<C>(d, r);
-    if (needs_hidden(p)) a.down = arena.take<C>(to_hidden);
+    if (needs_hidden(p)) a.down = arena.take<C>(projection_size<C>(d, r));
     if (!p.backward) a.up = arena.take<C>(packed_size<C>(r, d));
-    if (p.backward && needs_grad_a(p)) a.up_back = arena.take<C>(to_hidden);
+    if (p.backward && needs_grad_a(p)) a.up_back = arena.take<C>(projection_size<C>(d, r));
     if (p.backward && p.wants[grad_x]) a.down_back = arena.take<C>(packed_size<C>(r, d));
     if (p.backward && p.wants[grad_x] && p.norm_weight.data) a.norm_sum = arena.take<C>(padded<C>(r));
     return a;
@@ -117,95 +116,51 @@ struct Types {
   }
 
   static Sizes sizes(const Problem& p) {
-    Sizes s;
     Arena shared(nullptr), thread(nullptr), part(nullptr);
     common(p, shared);
     adapter(p, p.own_weights ? thread : shared);
     scratch(p, thread);
     partial(p, part);
-    s.shared = shared.used();
-    s.thread = thread.used();
-    s.partial = p.backward ? part.used() : 0;
-    return s;
-  }
-
-  // Elements [i, i + count) of a parameter.
-  static FA_INLINE Vec<C> parameter_at(const Parameter& q, int64_t adapter, int64_t i, int64_t count) {
-    const int64_t at = adapter * q.stride_g + i * q.stride;
-    if (q.like_x) return load_some<C>(static_cast<const T*>(q.data) + at, count, q.stride);
-    if constexpr (sizeof(C) == sizeof(float)) return load_some<C>(static_cast<const float*>(q.data) + at, count, q.stride);
-    return Vec<C>{};
-  }
-
-  // out[0, n) = q, and zeros up to `room`.
-  static void read(const Parameter& q, int64_t adapter, int64_t n, C* out, int64_t room) {
-    auto copy = [&](auto* data) FA_FORCED {
-      data += adapter * q.stride_g;
-      int64_t i = 0;
-      if (q.stride == 1)
-        for (; i + lanes<C> <= n; i += lanes<C>) store(out + i, load<C>(data + i));
-      for (; i < n; ++i) out[i] = load_some<C>(data + i * q.stride, 1)[0];
-    };
-    if (q.like_x)
-      copy(static_cast<const T*>(q.data));
-    else if constexpr (sizeof(C) == sizeof(float))
-      copy(static_cast<const float*>(q.data));
-    for (int64_t i = n; i < room; ++i) out[i] = 0;
+    return {shared.used(), thread.used(), p.backward ? part.used() : 0};
   }
 
   static void read_parameters(const Problem& p, void* shared) {
     Arena arena(shared);
     const Common<C> c = common(p, arena);
     const int64_t d = padded<C>(p.d) + panel_width<C>;
-    if (c.scale && p.scale.data) read(p.scale, 0, p.d, c.scale, d);
+    if (c.scale && p.scale.data) Base::read(p.scale, 0, p.d, c.scale, d);
     if (c.scale && !p.scale.data)
       for (int64_t i = 0; i < d; ++i) c.scale[i] = i < p.d ? static_cast<C>(p.scale_value) : 0;
-    if (c.norm_weight) read(p.norm_weight, 0, p.d, c.norm_weight, d);
-    if (c.norm_bias) read(p.norm_bias, 0, p.d, c.norm_bias, d);
-    if (c.skip) read(p.skip, 0, p.d, c.skip, d);
-    if (c.hidden_skip) read(p.hidden_skip, 0, p.r, c.hidden_skip, padded<C>(p.r));
+    if (c.norm_weight) Base::read(p.norm_weight, 0, p.d, c.norm_weight, d);
+    if (c.norm_bias) Base::read(p.norm_bias, 0, p.d, c.norm_bias, d);
+    if (c.skip) Base::read(p.skip, 0, p.d, c.skip, d);
+    if (c.hidden_skip) Base::read(p.hidden_skip, 0, p.r, c.hidden_skip, padded<C>(p.r));
     if (!p.own_weights) read_biases(p, c, adapter(p, arena), 0);
   }
 
-  static void read_biases(const Problem& p, const Common<C>& c, const Adapter<C>& a, int64_t id) {
+  template <class Packed>
+  static void read_biases(const Problem& p, const Common<C>& c, const Adapter<C, Packed>& a, int64_t id) {
     const int64_t r = padded<C>(p.r), d = padded<C>(p.d) + panel_width<C>;
-    read(p.down_bias, id, p.down_bias.data ? p.r : 0, a.down_bias, r);
-    read(p.up_bias, id, p.up_bias.data ? p.d : 0, a.up_bias, d);
+    Base::read(p.down_bias, id, p.down_bias.data ? p.r : 0, a.down_bias, r);
+    Base::read(p.up_bias, id, p.up_bias.data ? p.d : 0, a.up_bias, d);
     if (c.scale)
       for (int64_t i = 0; i < p.d; ++i) a.up_bias[i] *= c.scale[i];
   }
 
-  static FA_INLINE const W* element(const Weight& w, int64_t id, int64_t i, int64_t j) {
-    return static_cast<const W*>(w.data) + id * w.stride_g + i * w.stride_0 + j * w.stride_1;
-  }
-
-  // Packs the share `part` of `parts` of one matrix.
-  static FA_INLINE void pack_share(const Source<C, W>& source, C* packed, int64_t part, int64_t parts) {
-    if (!packed) return;
-    const int64_t units = pack_units<C>(source.k, source.n);
-    fastadapt::FA_TARGET::pack(source, packed, units * part / parts, units * (part + 1) / parts);
-  }
-
-  // The same for a right operand of `project`.
-  static FA_INLINE void pack_projection(const Source<C, W>& source, C* packed, int64_t part, int64_t parts) {
-    if (!is_narrow(source.n)) return pack_share(source, packed, part, parts);
-    if (packed && part == parts - 1) pack_narrow(source, packed);
-  }
-
-  // Rows of d columns to r hidden values.
-  static FA_INLINE void project(const Problem& p, int64_t rows, const C* a, int64_t lda, const C* packed, const C* start, C* out) {
-    if (is_narrow(p.r))
-      gemm_narrow(rows, p.d, a, lda, packed, start, out, padded<C>(p.r));
-    else
-      gemm(rows, p.d, p.r, a, lda, packed, start, false, out, padded<C>(p.r));
-  }
-
   static void pack_adapter(const Problem& p, const Common<C>& c, const Adapter<C>& a, int64_t id, int64_t part, int64_t parts) {
-    const W *down = element(p.down, id, 0, 0), *up = element(p.up, id, 0, 0);
-    pack_projection({down, p.down.stride_1, p.down.stride_0, p.d, p.r, c.norm_weight, nullptr}, a.down, part, parts);
-    pack_share({up, p.up.stride_1, p.up.stride_0, p.r, p.d, nullptr, c.scale}, a.up, part, parts);
-    pack_projection({up, p.up.stride_0, p.up.stride_1, p.d, p.r, c.scale, nullptr}, a.up_back, part, parts);
-    pack_share({down, p.down.stride_0, p.down.stride_1, p.r, p.d, nullptr, c.norm_weight}, a.down_back, part, parts);
+    const W *down = Base::element(p.down, id, 0, 0), *up = Base::element(p.up, id, 0, 0);
+    const Weight &d = p.down, &u = p.up;
+    pack_projection(Source<C, W>{down, d.stride_1, d.stride_0, p.d, p.r, c.norm_weight, nullptr}, a.down, part, parts);
+    pack_part(Source<C, W>{up, u.stride_1, u.stride_0, p.r, p.d, nullptr, c.scale}, a.up, part, parts);
+    pack_projection(Source<C, W>{up, u.stride_0, u.stride_1, p.d, p.r, c.scale, nullptr}, a.up_back, part, parts);
+    pack_part(Source<C, W>{down, d.stride_0, d.stride_1, p.r, p.d, nullptr, c.norm_weight}, a.down_back, part, parts);
+    add_norm(p, c, a, id, part, parts);
+  }
+
+  // The norm's bias through the down projection, and the sums that backward needs.
+  template <class Packed>
+  static void add_norm(const Problem& p, const Common<C>& c, const Adapter<C, Packed>& a, int64_t id, int64_t part,
+                       int64_t parts) {
     const int64_t r0 = p.r * part / parts, r1 = p.r * (part + 1) / parts;
     if (c.norm_bias)
       for (int64_t j = r0; j < r1; ++j) a.down_bias[j] += dot(p, id, j, c.norm_bias);
@@ -220,25 +175,28 @@ struct Types {
     Vec<C> total = {};
     int64_t i = 0;
     if (p.down.stride_1 == 1)
-      for (; i + lanes<C> <= p.d; i += lanes<C>) total += load<C>(element(p.down, id, j, i)) * load<C>(vector + i);
+      for (; i + lanes<C> <= p.d; i += lanes<C>) total += load<C>(Base::element(p.down, id, j, i)) * load<C>(vector + i);
     for (; i < p.d; i += lanes<C>)
-      total += load_some<C>(element(p.down, id, j, i), least(lanes<C>, p.d - i), p.down.stride_1) * load<C>(vector + i);
+      total += load_some<C>(Base::element(p.down, id, j, i), least(lanes<C>, p.d - i), p.down.stride_1) * load<C>(vector + i);
     return sum<C>(total);
   }
 
+  // With the layout and the packing of K, which is this class or one that packs for other products.
+  template <class K>
   static void pack(const Problem& p, void* shared, int64_t part, int64_t parts) {
     Arena arena(shared);
     const Common<C> c = common(p, arena);
-    pack_adapter(p, c, adapter(p, arena), 0, part, parts);
+    K::pack_adapter(p, c, K::adapter(p, arena), 0, part, parts);
   }
 
   // The adapter of a segment: shared, or packed here.
-  static FA_INLINE Adapter<C> enter(const Problem& p, const Common<C>& c, Arena& shared, Arena& thread, const Segment& seg) {
-    if (!p.own_weights) return adapter(p, shared);
-    const Adapter<C> a = adapter(p, thread);
+  template <class K>
+  static FA_INLINE auto enter(const Problem& p, const Common<C>& c, Arena& shared, Arena& thread, const Segment& seg) {
+    if (!p.own_weights) return K::adapter(p, shared);
+    const auto a = K::adapter(p, thread);
     if (!seg.packed) {
       read_biases(p, c, a, seg.adapter);
-      pack_adapter(p, c, a, seg.adapter, 0, 1);
+      K::pack_adapter(p, c, a, seg.adapter, 0, 1);
     }
     return a;
   }

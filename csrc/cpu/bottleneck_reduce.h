@@ -39,13 +39,6 @@ struct Reduce : P {
     FA_INLINE const Partial<C>& operator()(const Problem&, int64_t) const { return sums; }
   };
 
-  static FA_INLINE void write(const Parameter& q, void* out, int64_t at, Vec<C> v, int64_t count) {
-    if (q.like_x)
-      store_at<C>(static_cast<T*>(out) + at, 0, count, v);
-    else if constexpr (sizeof(C) == sizeof(float))
-      store_at<C>(static_cast<float*>(out) + at, 0, count, v);
-  }
-
   // f(0) ... f(count - 1), unrolled where it is a whole vector.
   template <class F>
   static FA_INLINE void for_lanes(int64_t count, const F& f) {
@@ -83,7 +76,7 @@ struct Reduce : P {
     const Vec<C> scale = common.scale ? load<C>(common.scale + c) : broadcast<C>(1);
     Vec<C> sum_g = {};
     if (p.wants[grad_up_bias] || p.wants[grad_scale]) sum_g = total(p, run, &Partial<C>::sum_g, c);
-    if (p.wants[grad_up_bias]) write(p.up_bias, p.grads[grad_up_bias], id * p.d + c, scale * sum_g, count);
+    if (p.wants[grad_up_bias]) Base::write(p.up_bias, p.grads[grad_up_bias], id * p.d + c, scale * sum_g, count);
     if (p.wants[grad_scale] && p.up_bias.data) sums.scale += sum_g * Base::parameter_at(p.up_bias, id, c, count);
     if (!needs_up_product(p)) return;
     Vec<C> dots[lanes<C>] = {};
@@ -132,7 +125,8 @@ struct Reduce : P {
 
   // The gradients of one adapter in columns [c, c + width), at most a strip.
   template <class R>
-  static void columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t width, Sums* sums) {
+  static void columns(const Problem& p, const R& run, const Common<C>& common, int64_t id, int64_t c, int64_t width,
+                      Sums* sums) {
     for (int64_t j = 0; j < width; j += lanes<C>) {
       Sums& s = sums[j / lanes<C>];
       if (needs_up_product(p) || p.wants[grad_up_bias]) up_rows(p, run, common, id, c + j, least(lanes<C>, width - j), s);
@@ -145,10 +139,10 @@ struct Reduce : P {
     for (int64_t j = 0; j < width; j += lanes<C>, ++sums) {
       const int64_t at = c + j, count = least(lanes<C>, width - j);
       if (p.wants[grad_scale]) store_at<C>(static_cast<C*>(p.scale_columns), at, count, sums->scale);
-      if (p.wants[grad_scale] && p.scale.stride) write(p.scale, p.grads[grad_scale], at, sums->scale, count);
-      if (p.wants[grad_norm_weight]) write(p.norm_weight, p.grads[grad_norm_weight], at, sums->norm_weight, count);
-      if (p.wants[grad_norm_bias]) write(p.norm_bias, p.grads[grad_norm_bias], at, sums->norm_bias, count);
-      if (p.wants[grad_skip]) write(p.skip, p.grads[grad_skip], at, sums->skip, count);
+      if (p.wants[grad_scale] && p.scale.stride) Base::write(p.scale, p.grads[grad_scale], at, sums->scale, count);
+      if (p.wants[grad_norm_weight]) Base::write(p.norm_weight, p.grads[grad_norm_weight], at, sums->norm_weight, count);
+      if (p.wants[grad_norm_bias]) Base::write(p.norm_bias, p.grads[grad_norm_bias], at, sums->norm_bias, count);
+      if (p.wants[grad_skip]) Base::write(p.skip, p.grads[grad_skip], at, sums->skip, count);
     }
   }
 
@@ -179,20 +173,20 @@ struct Reduce : P {
       for (int64_t id = 0; id < p.g; ++id) {
         run.next(count, id);
         if (p.wants[grad_down_bias])
-          write(p.down_bias, p.grads[grad_down_bias], id * p.r + j, total(p, run, &Partial<C>::down_bias, j), p.r - j);
+          Base::write(p.down_bias, p.grads[grad_down_bias], id * p.r + j, total(p, run, &Partial<C>::down_bias, j), p.r - j);
         if (p.wants[grad_hidden_skip]) hidden_skip += total(p, run, &Partial<C>::hidden_skip, j);
       }
-      if (p.wants[grad_hidden_skip]) write(p.hidden_skip, p.grads[grad_hidden_skip], j, hidden_skip, p.r - j);
+      if (p.wants[grad_hidden_skip]) Base::write(p.hidden_skip, p.grads[grad_hidden_skip], j, hidden_skip, p.r - j);
     }
     if (p.wants[grad_scale] && !p.scale.stride) {
       Vec<C> scale = {};
       for (int64_t c = 0; c < p.d; c += lanes<C>) scale += load_at<C>(static_cast<const C*>(p.scale_columns), c, p.d - c, 1);
-      write(p.scale, p.grads[grad_scale], 0, broadcast<C>(sum<C>(scale)), 1);
+      Base::write(p.scale, p.grads[grad_scale], 0, broadcast<C>(sum<C>(scale)), 1);
     }
   }
 
   static Kernel kernel() {
-    return {Base::sizes, Base::read_parameters, Base::pack, Base::forward, Base::backward, reduce, finish, 64};
+    return {Base::sizes, Base::read_parameters, Base::template pack<Base>, Base::forward, Base::backward, reduce, finish, 64};
   }
 };
 

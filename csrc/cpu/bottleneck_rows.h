@@ -13,107 +13,13 @@ struct Block {
 };
 
 template <class T>
-FA_INLINE void locate(const Problem& p, const Rows& rows, int64_t begin, int64_t n, const T** out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t row = p.order ? p.order[begin + i] : begin + i;
-    out[i] = static_cast<const T*>(rows.data) + (rows.offsets ? rows.offsets[row] : row * rows.ld);
-  }
-}
-
-template <class T>
 FA_INLINE void locate(const Problem& p, int64_t begin, int64_t n, Block<T>& b) {
   b.n = n;
-  if (p.x.data) locate(p, p.x, begin, n, b.x);
-  if (p.residual.data) locate(p, p.residual, begin, n, b.residual);
-  if (p.grad_y.data) locate(p, p.grad_y, begin, n, b.grad_y);
+  if (p.x.data) locate_rows(p.x, p.order, begin, n, b.x);
+  if (p.residual.data) locate_rows(p.residual, p.order, begin, n, b.residual);
+  if (p.grad_y.data) locate_rows(p.grad_y, p.order, begin, n, b.grad_y);
   Rows out{p.backward ? p.grads[grad_x] : p.y, p.d};
-  if (out.data) locate(p, out, begin, n, const_cast<const T**>(b.out));
-}
-
-// A block of rows as a left operand.
-template <class C>
-struct Operand {
-  const C* data;
-  int64_t ld;
-};
-
-// Columns [j, j + lanes) of a row whose elements are `step` apart.
-template <class C, class T>
-FA_INLINE Vec<C> load_at(const T* row, int64_t j, int64_t count, int64_t step) {
-  return step == 1 && count >= lanes<C> ? load<C>(row + j) : load_some<C>(row + j * step, least(count, lanes<C>), step);
-}
-
-template <class C, class T>
-FA_INLINE void store_at(T* row, int64_t j, int64_t count, Vec<C> v) {
-  if (count >= lanes<C>)
-    store(row + j, v);
-  else
-    store_some<C>(row + j, v, count);
-}
-
-// A tile of accumulators in memory, for a loop that isn't unrolled: an index that isn't constant would push the registers there
-// from the start.
-template <class C, int MR, int NV>
-struct Spilled {
-  Vec<C> tile[MR][NV];
-  FA_INLINE explicit Spilled(const Vec<C> (&acc)[MR][NV]) {
-#pragma GCC unroll 16
-    for (int t = 0; t < MR; ++t)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) tile[t][v] = acc[t][v];
-  }
-};
-
-template <class T, class C>
-void copy_rows(const T* const* rows, int64_t n, int64_t d, int64_t step, C* out, int64_t ld) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < d; j += lanes<C>) store(out + i * ld + j, load_at<C>(rows[i], j, d - j, step));
-}
-
-// The rows in place if they are evenly spaced and of the compute type, otherwise a copy of the block in scratch. With `whole`,
-// vectors may be read beyond column d: then only rows that end with one stay in place.
-template <class T, class C>
-FA_INLINE Operand<C> operand(const T* const* rows, int64_t n, int64_t d, int64_t step, C* scratch, bool whole = false) {
-  if constexpr (sizeof(T) == sizeof(C)) {
-    const int64_t ld = n > 1 ? rows[1] - rows[0] : d;
-    bool even = step == 1 && !(whole && d % lanes<C>);
-    for (int64_t i = 1; even && i < n; ++i) even = rows[i] - rows[i - 1] == ld;
-    if (even) return {rows[0], ld};
-  }
-  copy_rows(rows, n, d, step, scratch, padded<C>(d));
-  return {scratch, padded<C>(d)};
-}
-
-// (x - mean) * rstd into scratch. The mean is refined by the sum of what it leaves, so that a large one does no harm.
-template <class T, class C>
-FA_INLINE Operand<C> normalize(const T* const* rows, int64_t n, int64_t d, int64_t step, double eps, C* out, C* rstd) {
-  const int64_t ld = padded<C>(d);
-  copy_rows(rows, n, d, step, out, ld);
-  for (int64_t i = 0; i < n; ++i) {
-    C* row = out + i * ld;
-    Vec<C> total = {}, rest = {}, square = {};
-    for (int64_t j = 0; j < d; j += lanes<C>) total += load<C>(row + j);
-    const C mean = sum<C>(total) / d;
-    const int64_t whole = d / lanes<C> * lanes<C>;
-    for (int64_t j = 0; j < whole; j += lanes<C>) {
-      const Vec<C> v = load<C>(row + j) - mean;
-      store(row + j, v);
-      rest += v;
-      square += v * v;
-    }
-    C tail_rest = 0, tail_square = 0;
-    for (int64_t j = whole; j < d; ++j) {
-      row[j] -= mean;
-      tail_rest += row[j];
-      tail_square += row[j] * row[j];
-    }
-    const C shift = (sum<C>(rest) + tail_rest) / d, variance = (sum<C>(square) + tail_square) / d - shift * shift;
-    // A single column has nothing to vary: its gradient is zero, not what rounding leaves of a difference.
-    rstd[i] = d == 1 ? 0 : 1 / __builtin_sqrt((variance > 0 || variance != variance ? variance : 0) + static_cast<C>(eps));
-    for (int64_t j = 0; j < whole; j += lanes<C>) store(row + j, (load<C>(row + j) - shift) * rstd[i]);
-    for (int64_t j = whole; j < d; ++j) row[j] = (row[j] - shift) * rstd[i];
-  }
-  return {out, ld};
+  if (out.data) locate_rows(out, p.order, begin, n, const_cast<const T**>(b.out));
 }
 
 // y = residual + product (which carries up_bias) + skip * x, where the residual may be x.
@@ -230,21 +136,22 @@ struct Pass : Types<T, W> {
   }
 
   static FA_INLINE Operand<C> left(const Problem& p, const Block<T>& b, const Scratch<C>& s) {
-    return s.rstd ? normalize(b.x, b.n, p.d, p.x.step, p.norm_eps, s.x, s.rstd) : operand(b.x, b.n, p.d, p.x.step, s.x, p.backward);
+    if (s.rstd) return normalize(b.x, b.n, p.d, p.x.step, p.norm_eps, s.x, s.rstd);
+    return operand(b.x, b.n, p.d, p.x.step, s.x, p.backward);
   }
 
   static void forward(const Problem& p, void* shared_memory, void* thread_memory, const Segment& seg) {
     if (seg.adapter < 0) return pass_through(p, seg);
     Arena shared(shared_memory), thread(thread_memory);
     const Common<C> c = Base::common(p, shared);
-    const Adapter<C> a = Base::enter(p, c, shared, thread, seg);
+    const Adapter<C> a = Base::template enter<Base>(p, c, shared, thread, seg);
     const Scratch<C> s = Base::scratch(p, thread);
     const int64_t block = block_rows<C>(p), ldz = padded<C>(p.r);
     Block<T> b;
     for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
       locate(p, begin, least(block, seg.end - begin), b);
       const Operand<C> x = left(p, b, s);
-      Base::project(p, b.n, x.data, x.ld, a.down, a.down_bias, s.z);
+      project_rows(b.n, p.d, p.r, x.data, x.ld, a.down, a.down_bias, s.z);
       activate(p, b.n * ldz, s.z, c.hidden_skip);
       gemm_epilogue(b.n, p.r, p.d, s.z, ldz, a.up, a.up_bias, UpEpilogue<T, C>{b, p, c.skip});
     }
@@ -280,7 +187,8 @@ struct Pass : Types<T, W> {
   }
 
   // The two means of LayerNorm's backward, formed from the r hidden values instead of the d columns.
-  static void norm_means(const Problem& p, int64_t n, const Scratch<C>& s, const Adapter<C>& a) {
+  template <class Packed>
+  static void norm_means(const Problem& p, int64_t n, const Scratch<C>& s, const Adapter<C, Packed>& a) {
     const int64_t width = padded<C>(p.r);
     for (int64_t i = 0; i < n; ++i) {
       Vec<C> mean = {}, mean_x = {};
@@ -296,7 +204,8 @@ struct Pass : Types<T, W> {
 
   // sum_g += column sums of grad_y; skip += column sums of grad_y * x. Four sums side by side lose fewer bits than one.
   // The operand begins at column `begin`.
-  static void column_sums(const Problem& p, const Block<T>& b, const Operand<C>& g, const Partial<C>& q, int64_t begin, int64_t end) {
+  static void column_sums(const Problem& p, const Block<T>& b, const Operand<C>& g, const Partial<C>& q, int64_t begin,
+                          int64_t end) {
     for (int64_t j = begin; j < end; j += lanes<C>) {
       const int64_t count = p.d - j;
       Vec<C> total[4] = {}, product[4] = {};
@@ -317,7 +226,7 @@ struct Pass : Types<T, W> {
     }
     Arena shared(shared_memory), thread(thread_memory), part(partial_memory);
     const Common<C> c = Base::common(p, shared);
-    const Adapter<C> a = Base::enter(p, c, shared, thread, seg);
+    const Adapter<C> a = Base::template enter<Base>(p, c, shared, thread, seg);
     const Scratch<C> s = Base::scratch(p, thread);
     const Partial<C> q = Base::partial(p, part);
     const int64_t block = block_rows<C>(p), width = padded<C>(p.r);
@@ -330,8 +239,8 @@ struct Pass : Types<T, W> {
       Operand<C> x = {};
       if (needs_hidden(p)) {
         x = left(p, b, s);
-        Base::project(p, b.n, x.data, x.ld, a.down, a.down_bias, s.z);
-        if (needs_grad_a(p)) Base::project(p, b.n, g.data, g.ld, a.up_back, nullptr, s.grad_a);
+        project_rows(b.n, p.d, p.r, x.data, x.ld, a.down, a.down_bias, s.z);
+        if (needs_grad_a(p)) project_rows(b.n, p.d, p.r, g.data, g.ld, a.up_back, static_cast<const C*>(nullptr), s.grad_a);
         hidden_gradients(p, b.n, s, c.hidden_skip, q);
       }
       if (q.sum_g || q.skip) column_sums(p, b, g, q, 0, p.d);

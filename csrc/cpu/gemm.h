@@ -97,6 +97,13 @@ void pack(const Source<C, S>& b, C* packed, int64_t unit_begin, int64_t unit_end
   }
 }
 
+// The share `part` of `parts` of it; nothing where `packed` is null.
+template <class C, class S>
+FA_INLINE void pack_part(const Source<C, S>& b, C* packed, int64_t part, int64_t parts) {
+  const int64_t units = packed ? pack_units<C>(b.k, b.n) : 0;
+  pack(b, packed, units * part / parts, units * (part + 1) / parts);
+}
+
 // --- micro-kernel ----------------------------------------------------------------------------------------------------
 
 // acc[i][v] += sum over p < k of a(i, p) * b[p * b_stride + v], where a(i, p) is a[i * a_stride + p], or with TRANSPOSED
@@ -210,8 +217,8 @@ void gemm_transposed(int64_t columns, int64_t rows, int64_t n, const C* a, int64
   });
 }
 
-// out = start + a * b for one tile, summed in blocks of the inner dimension. Out of line: beside the rare long sum the usual one
-// has its accumulators in registers.
+// out = start + a * b for one tile, summed in blocks of the inner dimension. Out of line: beside the rare long sum the usual
+// one has its accumulators in registers.
 template <class C, int MR, int NV>
 __attribute__((noinline)) void multiply_long(int64_t k, const C* a, int64_t lda, const C* b, const C* start, C* out) {
   constexpr int L = lanes<C>;
@@ -258,7 +265,8 @@ void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, 
     constexpr int64_t step = tile_rows<max_vectors>;
     for (int64_t i = 0; i < rows; i += step)
       for_panels<C>(n, [&](auto nv, int64_t j) FA_FORCED {
-        for_row_tiles<decltype(nv)::value>(least(step, rows - i), [&](auto mr, int64_t t) FA_FORCED { tile(nv, j, mr, i + t); });
+        for_row_tiles<decltype(nv)::value>(least(step, rows - i),
+                                           [&](auto mr, int64_t t) FA_FORCED { tile(nv, j, mr, i + t); });
       });
   } else {
     for_panels<C>(n, [&](auto nv, int64_t j) FA_FORCED {

@@ -91,4 +91,24 @@ void gemm_narrow(int64_t rows, int64_t k, const C* a, int64_t lda, const C* pack
   } while (k0 < k);
 }
 
+// A projection of rows to n columns, few or many: size of its packed right operand, the share `part` of `parts` of packing it
+// (nothing where `packed` is null), and the product with rows of c padded(n) apart.
+template <class C>
+FA_INLINE constexpr int64_t projection_size(int64_t k, int64_t n) {
+  return is_narrow(n) ? narrow_size<C>(k) : packed_size<C>(k, n);
+}
+template <class C, class S>
+FA_INLINE void pack_projection(const Source<C, S>& b, C* packed, int64_t part, int64_t parts) {
+  if (!is_narrow(b.n)) return pack_part(b, packed, part, parts);
+  if (packed && part == parts - 1) pack_narrow(b, packed);
+}
+template <class C>
+FA_INLINE void project_rows(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
+                            C* c) {
+  if (is_narrow(n))
+    gemm_narrow(rows, k, a, lda, packed, start, c, padded<C>(n));
+  else
+    gemm(rows, k, n, a, lda, packed, start, false, c, padded<C>(n));
+}
+
 }  // namespace fastadapt::FA_TARGET

@@ -63,10 +63,14 @@ FA_INLINE HF narrow_bfloat16(VF v) {
 }
 
 #if defined(__AVX512F__) && FA_LANES == 16
-FA_INLINE VF widen(const Half* p) { return bit_cast<VF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
+FA_INLINE VF widen(const Half* p) {
+  return bit_cast<VF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
 FA_INLINE HF narrow_half(VF v) { return bit_cast<HF>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__F16C__) && FA_LANES == 8
-FA_INLINE VF widen(const Half* p) { return bit_cast<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+FA_INLINE VF widen(const Half* p) {
+  return bit_cast<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 FA_INLINE HF narrow_half(VF v) { return bit_cast<HF>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT)); }
 #else
 FA_INLINE VF widen(const Half* p) {

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "amx.h"
+#include "amx_tiles.h"
 
 namespace fastadapt {
 
@@ -17,7 +17,8 @@ bool supported(Target t) {
   if (t == Target::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq");
-  if (t == Target::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (t == Target::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return t == Target::portable;
 }

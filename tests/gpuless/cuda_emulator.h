@@ -110,6 +110,7 @@ struct State {
   std::function<void()> kernel;
   unsigned char* shared = nullptr;
   size_t shared_limit = 48 * 1024;  // what a launch gets without asking
+  uint64_t most_blocks = UINT64_MAX;
   bool copies_land_at_once = false;
   std::vector<char*> stacks;
   std::vector<Context> contexts;
@@ -345,8 +346,9 @@ inline void run(dim3 grid, dim3 block, size_t shared, std::function<void()> kern
   s.grid_size = grid, s.block_size = block, s.kernel = std::move(kernel), s.error.clear();
   s.copies_land_at_once = schedule & 1;
   std::mt19937_64 random(schedule);
-  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
-  for (uint64_t i = 0; i < blocks.size(); i++) blocks[i] = i;
+  const uint64_t all = uint64_t{grid.x} * grid.y * grid.z, some = std::min(all, s.most_blocks);
+  std::vector<uint64_t> blocks(some);
+  for (uint64_t i = 0; i < some; i++) blocks[i] = i < some / 2 ? i : all - some + i;
   if (schedule) std::shuffle(blocks.begin(), blocks.end(), random);
   while (s.stacks.size() < kSlots * threads) {
     s.stacks.push_back(static_cast<char*>(std::malloc(kStack)));

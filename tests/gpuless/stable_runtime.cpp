@@ -22,7 +22,8 @@ Settings& settings() {
 }
 void Settings::set(const std::string& name, int64_t value) {
   const std::pair<const char*, int64_t*> all[] = {{"cuda", &cuda}, {"multiprocessors", &multiprocessors},
-      {"shared_limit", &shared_limit}, {"threads", &threads}, {"schedule", &schedule}, {"alignment", &alignment}};
+      {"shared_limit", &shared_limit}, {"threads", &threads}, {"schedule", &schedule}, {"alignment", &alignment},
+      {"most_blocks", &most_blocks}};
   for (const auto& [known, to] : all)
     if (name == known) {
       *to = value;

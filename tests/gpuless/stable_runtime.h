@@ -26,6 +26,7 @@ namespace host {
 struct Settings {
   int64_t cuda = 0;                                       // whether tensors are on a CUDA device, an emulated one
   int64_t multiprocessors = 1, shared_limit = 99 * 1024;  // of that device
+  int64_t most_blocks = INT64_MAX;                        // an emulated launch of more runs those at its two ends
   int64_t threads = 1;                                    // that CPU kernels may use
   int64_t schedule = 0;                                   // order of an emulated launch; which end of memory is guarded
   int64_t alignment = 16;  // of tensors; 1, where kernels rely on none, guards the last byte of an odd size too

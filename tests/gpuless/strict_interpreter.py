@@ -12,7 +12,8 @@ The interpreter of Triton 3.6 to 3.9 computes bfloat16 wrongly and is silent on 
 * a failed ``tl.device_assert`` raises, and so do a false ``tl.multiple_of`` and a grid larger than a GPU takes.
 
 :func:`recorded` notes launches, for :func:`unwritten` to say which elements of an output no program stored.
-:func:`ghosts` runs chosen programs of launches on meta tensors of any size, to find overflow of offsets without memory.
+:func:`ghosts` runs chosen programs of launches on meta tensors of any size, to find overflow of offsets without memory, and
+:func:`unreached` says of which tensors the last of these programs leave the end out.
 """
 
 import contextlib
@@ -40,20 +41,25 @@ from . import strict_interpreter_memory, strict_interpreter_pins
 from .strict_interpreter_arithmetic import BFLOAT16, Handle
 from .strict_interpreter_memory import BoundsError, Memory, RaceError
 
-__all__ = ["BoundsError", "RaceError", "ghosts", "install", "recorded", "reseed", "unwritten"]
+__all__ = ["BoundsError", "RaceError", "ghosts", "install", "recorded", "reseed", "unreached", "unwritten"]
 _Builder = interpreter.InterpreterBuilder
 _state = SimpleNamespace(random=random.Random(0), memory=None, poison=0, choose=None, records=None)
 _GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 
 class Record(NamedTuple):
-    """One launch: what ran, how often, its constants, its tensors (alive, so that no address is used again), its stores."""
+    """One launch: what ran, how often, its constants, its arguments (their tensors alive, so that no address is used again),
+    its stores."""
 
     kernel: str
     grid: tuple
     constants: dict
-    tensors: list
+    arguments: list
     stores: list
+
+    @property
+    def tensors(self):
+        return [argument.tensor for argument in self.arguments]
 
 
 def _install_memory():
@@ -156,9 +162,9 @@ def _install_launch():
             host_args, host_kwargs = _state.on_host
             stock_out(self, args, host_args, kwargs, host_kwargs)
         if _state.records is not None:
-            tensors = [argument.tensor for argument in _state.memory.arguments]
-            stores = list(_state.memory.stores())
-            _state.records.append(Record(self.fn.__name__, _state.grid, _state.constants, tensors, stores))
+            memory = _state.memory
+            record = self.fn.__name__, _state.grid, _state.constants, list(memory.arguments), list(memory.stores())
+            _state.records.append(Record(*record))
 
     def call(self, *args, **kwargs):
         _state.patched = set()
@@ -247,9 +253,9 @@ class _Literals(TorchFunctionMode):
 
 
 def edges(n):
-    """The programs at both ends of a launch, and ever fewer further in: the last ones may have nothing to do."""
-    steps = [4**i for i in range(n.bit_length() // 2 + 1)]
-    return {*(i - 1 for i in steps), n // 2, *(n - i for i in steps)}
+    """The programs at both ends of a launch, and ever fewer further in: the last ones may have nothing to do, or not all."""
+    steps = [2**i for i in range(n.bit_length())]
+    return {*(i - 1 for i in steps[::2]), *(n - i for i in (*steps, *range(8)))}
 
 
 @contextlib.contextmanager
@@ -281,6 +287,11 @@ def ghosts(choose=edges):
 def unwritten(tensor: torch.Tensor, records: list) -> int | None:
     """How many elements of ``tensor`` none of these launches has stored; None if none stored to it at all."""
     return strict_interpreter_memory.unwritten(tensor, [store for record in records for store in record.stores])
+
+
+def unreached(records: list) -> list[str]:
+    """Arguments that these launches stored to, but not as far as their last element."""
+    return strict_interpreter_memory.unreached([argument for record in records for argument in record.arguments])
 
 
 def reseed(seed: int) -> None:

@@ -45,7 +45,7 @@ class Argument:
         self.base = (number << _WINDOW) + (1 << _WINDOW - 1) + start % 4096  # a tensor keeps its alignment
         self.dims = _dims(tensor)
         self.bytes = (1 + sum((size - 1) * stride for stride, size in self.dims)) * self.item
-        self.region = None
+        self.region, self.reached = None, 0  # how many bytes from its start on hold all that was stored
 
     def data_ptr(self):
         return self.base
@@ -91,9 +91,9 @@ class Region:
         for other in (*_CONFLICTS[kind], *(("atomic",) if ordered else ())):
             if other in self.touched:
                 seen = self.touched[other][elements]
-                self._raise_if((seen != 0) & (seen != program), elements, program, kind, f"{other} by another program")
+                self._raise_if((seen != 0) & (seen != program), elements, program, kind, f"another program's {other}")
         if kind == "load" and self.unseen:
-            self._raise_if(np.isin(elements, np.concatenate(self.unseen)), elements, program, kind, "store before a barrier")
+            self._raise_if(np.isin(elements, np.concatenate(self.unseen)), elements, program, kind, "a store before a barrier")
         if (kind == "store" or ordered) and np.unique(elements).size != elements.size:
             raise RaceError(f"{kind} by program {program - 1} writes an element of {self.name} from several lanes")
         if kind == "store":
@@ -106,7 +106,7 @@ class Region:
     def _raise_if(self, wrong, elements, program, kind, what):
         if wrong.any():
             at = int(elements[np.argmax(wrong)])
-            raise RaceError(f"{kind} by program {program - 1} races with a {what}, at element {at} of {self.name}")
+            raise RaceError(f"{kind} by program {program - 1} races with {what}, at element {at} of {self.name}")
 
 
 class Memory:
@@ -152,6 +152,8 @@ class Memory:
                     f"{argument.name}, a {tuple(argument.tensor.shape)} {argument.dtype} with strides "
                     f"{tuple(argument.tensor.stride())}; {int(wrong.sum())} of {wrong.size} lanes are outside"
                 )
+            if kind != "load":
+                argument.reached = max(argument.reached, int(offsets.max()) + width)
             if argument.real is not None:
                 argument.region.log(program, offsets + argument.real, width, kind, ordered)
                 real[here], backed[here] = (offsets + argument.real).astype(np.uint64), True
@@ -183,6 +185,16 @@ def unwritten(tensor, stores):
             touched |= written[(addresses[here] - start) // width].any()
             done[here] |= written[(addresses[here] - start) // width]
     return int((~done).sum()) if touched else None
+
+
+def unreached(arguments):
+    """The names of those that were stored to, of whose tensors no store reached the last element."""
+    names, reached = {}, {}
+    for a in arguments:
+        tensor = a.tensor.untyped_storage()._cdata, a.tensor.storage_offset(), a.bytes
+        if a.reached:
+            names[tensor], reached[tensor] = a.name, max(reached.get(tensor, 0), a.reached)
+    return [name for tensor, name in names.items() if reached[tensor] < tensor[-1]]
 
 
 def poison(dtype, shape, shift):

@@ -4,7 +4,7 @@ from . import Mutant, Rung
 
 CPU = "csrc/cpu/"
 GEMM, SIMD, ACTIVATION, PREPARE = CPU + "gemm.h", CPU + "simd.h", CPU + "activation.h", CPU + "bottleneck_prepare.h"
-ROWS, REDUCE, CALL = CPU + "bottleneck_rows.h", CPU + "bottleneck_reduce.h", CPU + "bottleneck.cpp"
+ROWS, ARGUMENTS = CPU + "rows.h", CPU + "arguments.h"
 
 
 BUILT, KEPT = ("tests.mutants.extension_plugin",), ("tests.mutants.objects_plugin",)
@@ -68,10 +68,10 @@ MUTANTS = (
     ),
     Mutant(
         "every adapter with the first weights", "wrong row of a bank", {BANK: ANY},
-        [(PREPARE, "static_cast<const W*>(w.data) + id * w.stride_g + i", "static_cast<const W*>(w.data) + i")],
+        [(ROWS, "static_cast<const W*>(w.data) + id * w.stride_g + i", "static_cast<const W*>(w.data) + i")],
     ),
     Mutant(
         "no adapter taken for the first", "id -1 not honoured", {BANK: OUTPUT},
-        [(CALL, "out.insert(out.end(), repeat, id);", "out.insert(out.end(), repeat, id < 0 ? 0 : id);")],
+        [(ARGUMENTS, "out.insert(out.end(), repeat, id);", "out.insert(out.end(), repeat, id < 0 ? 0 : id);")],
     ),
 )

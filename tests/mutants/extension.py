@@ -4,6 +4,7 @@ The dispatch refers to the kernels of every instruction set; those not built sta
 until they are called, which :mod:`.extension_plugin` prevents.
 """
 
+import fcntl
 import hashlib
 import platform
 import re
@@ -32,16 +33,25 @@ def text_of(source: Path, seen: set | None = None) -> str:
     return text + "".join(text_of((source.parent / header).resolve(), seen) for header in headers)
 
 
+def kept(path: Path, make) -> Path:
+    """``path``, which ``make(another path)`` makes if it isn't there; others that want it meanwhile wait."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            make(unfinished)
+            unfinished.rename(path)
+    return path
+
+
 def _object(source: Path, objects: Path) -> Path:
     """The compiled source, from the folder of objects if its text hasn't changed."""
     from torch.utils.cpp_extension import include_paths
 
     digest = hashlib.sha256(text_of(source.resolve()).encode()).hexdigest()[:16]
-    path = objects / f"{source.stem}-{digest}.o"
-    if not path.exists():
-        includes = [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_paths()["include"])]
-        subprocess.run(["g++", *FLAGS, *includes, "-c", source, "-o", path], check=True)
-    return path
+    includes = [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_paths()["include"])]
+    compile = lambda path: subprocess.run(["g++", *FLAGS, *includes, "-c", source, "-o", path], check=True)  # noqa: E731
+    return kept(objects / f"{source.stem}-{digest}.o", compile)
 
 
 def build(tree: Path, objects: Path) -> None:

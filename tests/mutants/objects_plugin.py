@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.gpuless import stable
 
 from . import ROOT
-from .extension import text_of
+from .extension import kept, text_of
 
 OBJECTS = Path(os.environ["FASTADAPT_MUTANTS_OBJECTS"])
 _compile = stable.Builder.compile
@@ -16,10 +16,8 @@ _compile = stable.Builder.compile
 
 def compile(self, source, *flags):
     options = " ".join(map(str, (source.name, *self.flags, *flags))).replace(str(ROOT), "")
-    kept = OBJECTS / f"{source.stem}-{hashlib.sha256((options + text_of(source)).encode()).hexdigest()[:16]}.o"
-    if not kept.exists():
-        shutil.copy(_compile(self, source, *flags), kept)
-    return kept
+    digest = hashlib.sha256((options + text_of(source)).encode()).hexdigest()[:16]
+    return kept(OBJECTS / f"{source.stem}-{digest}.o", lambda path: shutil.copy(_compile(self, source, *flags), path))
 
 
 stable.Builder.compile = compile

@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import ROOT, Mutant, Rung, extension, plant, table
@@ -26,13 +28,13 @@ def _limit():
 
 
 class Workshop:
-    """Copies of the sources in a temporary folder, and what rungs say about them."""
+    """Copies of the sources in a temporary folder, and what rungs say about them. Threads may share one."""
 
     def __init__(self, folder: Path, root: Path = ROOT):
         self.folder = Path(folder)
         self.objects = self.folder / "objects"
         self.objects.mkdir()
-        self._green = {}
+        self._green, self._locks = {}, {}
         self.tree = self.folder / "clean"
         for source in FOLDERS:
             shutil.copytree(root / source, self.tree / source, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -42,12 +44,10 @@ class Workshop:
 
     def run(self, rung: Rung, edits: tuple = ()) -> tuple[bool, str]:
         """Whether every selected test passes after the edits, and the messages of those that don't."""
-        tree = shutil.copytree(self.tree, self.folder / "edited", symlinks=True)
-        try:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            tree = shutil.copytree(self.tree, Path(folder) / "edited", symlinks=True)
             plant((*rung.edits, *edits), tree)
             return self._run(rung, tree)
-        finally:
-            shutil.rmtree(tree)
 
     def _run(self, rung: Rung, tree: Path) -> tuple[bool, str]:
         env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "PYTEST_ADDOPTS")}
@@ -74,8 +74,9 @@ class Workshop:
 
     def green(self, rung: Rung) -> str | None:
         """None if the rung passes on the sources as they are, else what it says."""
-        if rung not in self._green:
-            self._green[rung] = self.run(rung)
+        with self._locks.setdefault(rung, threading.Lock()):
+            if rung not in self._green:
+                self._green[rung] = self.run(rung)
         green, text = self._green[rung]
         return None if green else text
 
@@ -97,26 +98,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="words: mutants whose '<op>_<kind> <name>' contains one; all if none is given")
     parser.add_argument("--fast", action="store_true", help="only those that every run of the tests plants")
+    parser.add_argument("--jobs", type=int, default=2, help="how many are planted at once")
     options = parser.parse_args()
-    survivors, count = [], 0
-    with tempfile.TemporaryDirectory() as folder:
+    chosen = {f"{op}_{kind} {mutant.name}": mutant for (op, kind), mutants in table().items() for mutant in mutants}
+    chosen = {
+        name: mutant
+        for name, mutant in chosen.items()
+        if (mutant.fast or not options.fast) and (not options.names or any(word in name for word in options.names))
+    }
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         workshop = Workshop(folder)
-        for (op, kind), mutants in table().items():
-            for mutant in mutants:
-                name = f"{op}_{kind} {mutant.name}"
-                if options.fast and not mutant.fast or options.names and not any(word in name for word in options.names):
-                    continue
-                start, count = time.time(), count + 1
-                try:
-                    reason = workshop.survives(mutant)
-                except ValueError as error:  # the sources have moved on
-                    reason = str(error)
-                print(f"{'seen' if reason is None else 'SURVIVES':9}{time.time() - start:6.1f} s  {name}", flush=True)
-                if reason:
-                    survivors.append(name)
-                    print(reason)
-    print(f"{count - len(survivors)} of {count} errors seen" + "".join(f"\n  not seen: {name}" for name in survivors))
-    sys.exit(1 if survivors or not count else 0)
+
+        def verdict(mutant):
+            start = time.time()
+            try:
+                reason = workshop.survives(mutant)
+            except ValueError as error:  # the sources have moved on
+                reason = str(error)
+            return reason, time.time() - start
+
+        for name, (reason, seconds) in zip(chosen, pool.map(verdict, chosen.values())):
+            print(f"{'seen' if reason is None else 'SURVIVES':9}{seconds:6.1f} s  {name}", flush=True)
+            if reason:
+                survivors.append(name)
+                print(reason)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} errors seen in {used.ru_utime + used.ru_stime:.0f} s of processors")
+    print("".join(f"  not seen: {name}\n" for name in survivors), end="")
+    sys.exit(1 if survivors or not chosen else 0)
 
 
 if __name__ == "__main__":

@@ -299,12 +299,18 @@ SPEC = OpSpec(
     numerics=NUMERICS,
     compiled=COMPILED,
     huge=(
-        case("bank-of-sequences", shape=(2100, 1024, 1024), r=16, g=3, ids=[i % 4 - 1 for i in range(2100)], **EVERYTHING),
+        case("bank-of-sequences", shape=(2101, 1024, 1024), r=16, g=3, ids=[i % 4 - 1 for i in range(2101)], **EVERYTHING),
         case("bank-of-many", shape=(64, 1024), r=64, g=40_000, ids=[0, 39_999] * 32, **EVERYTHING),
+    ),
+    many=(
+        (case("rows", shape=(2**22 + 5, 2), r=1), ("x",)),
+        (case("adapters", shape=(40, 40), r=8, g=65535, ids=[0, 65534] * 20), (*WEIGHTS, "down_bias", "up_bias")),
     ),
     tiled=(
         *(case(f"r{r}", shape=(67, 131), r=r, **EVERYTHING) for r in (20, 48, 100, 130)),
         case("bank-r7", shape=(67, 131), r=7, g=3, ids=[2, -1, 0, *[2] * 64], **EVERYTHING),
+        # Rows at multiples of 16 bytes and nothing beside the products: asynchronous copies feed wgmma.
+        *(case(f"aligned-r{r}", shape=(200, 192), r=r) for r in (16, 64, 256)),
     ),
     planted=(
         case("looped", shape=(1100, 1000), r=20, **EVERYTHING),

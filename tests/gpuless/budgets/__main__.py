@@ -1,4 +1,9 @@
-"""Compile every kernel for every chip and write the budgets. Takes about a quarter of an hour of one core."""
+"""Compile every kernel for every chip and write the budgets: ``python -m tests.gpuless.budgets [op ...]``.
+
+Takes about a quarter of an hour of one core for an op.
+"""
+
+import sys
 
 from ...specs import SPECS
 from .. import cuda_budget, offline_gate
@@ -6,18 +11,18 @@ from ..offline import CHIPS
 from . import write
 
 
-def main():
-    for op, spec in SPECS.items():
-        measured = {}
+def main(ops):
+    for op in ops:
+        spec, measured = SPECS[op], {}
         for chip in CHIPS:
             print(f"{op}: Triton for {chip}", flush=True)
             for build in offline_gate.builds(spec, chip, spec.compiled)[0]:
                 measured.setdefault(build.name, {})[chip] = offline_gate.row(build.machine)
         write(f"{op}.triton", offline_gate.COMPILER, measured)
-    for source in cuda_budget.SOURCES:
+    for source in (s for s in cuda_budget.SOURCES if s.stem in ops):
         print(f"{source.name}: nvcc", flush=True)
         write(f"{source.stem}.cuda", cuda_budget.compiler(), cuda_budget.compiled(source, cuda_budget.ARCHITECTURES))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or SPECS)
