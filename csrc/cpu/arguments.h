@@ -44,8 +44,8 @@ inline std::vector<int64_t> index_offsets(const Tensor& t, int64_t dims) {
   return offsets;
 }
 
-// Uninitialised and contiguous.
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& like) {
+// Uninitialised and contiguous, of a dtype of the shim.
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtype) {
   int64_t local[8];
   std::vector<int64_t> many(sizes.size() > 8 ? sizes.size() : 0);
   int64_t *strides = many.empty() ? local : many.data(), stride = 1;
@@ -53,12 +53,16 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor
     strides[i] = stride;
     stride *= std::max<int64_t>(1, sizes[i]);
   }
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle out;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), -1, &out));
   return Tensor(out);
+}
+
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& like) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty(sizes, dtype);
 }
 
 // Reads what belongs to x, an activation (..., columns), in a call of `op`.

@@ -46,9 +46,10 @@ FA_INLINE Vec<C> sums(Vec<C> (&v)[N]) {
   return v[0];
 }
 
-// c = a * b + start like gemm() of gemm.h, for a b of few columns that pack_narrow packed.
+// c = a * b + start, or with accumulate c += a * b, like gemm() of gemm.h, for a b of few columns that pack_narrow packed.
 template <class C>
-void gemm_narrow(int64_t rows, int64_t k, const C* a, int64_t lda, const C* packed, const C* start, C* c, int64_t ldc) {
+void gemm_narrow(int64_t rows, int64_t k, const C* a, int64_t lda, const C* packed, const C* start, C* c, int64_t ldc,
+                 bool accumulate = false) {
   constexpr int L = lanes<C>, N = narrow_columns;
   auto tile = [&](auto mr, int64_t i, int64_t k0, int64_t k1) FA_FORCED {
     constexpr int MR = decltype(mr)::value;
@@ -75,7 +76,7 @@ void gemm_narrow(int64_t rows, int64_t k, const C* a, int64_t lda, const C* pack
     for (int t = 0; t < MR; ++t) {
       C* out = c + (i + t) * ldc;
       Vec<C> before = {}, total = sums<C, N>(acc[t]);
-      if (k0 || start) memcpy(&before, k0 ? out : start, N * sizeof(C));
+      if (const C* from = k0 || accumulate ? out : start) memcpy(&before, from, N * sizeof(C));
       total += before;
       memcpy(out, &total, N * sizeof(C));
       for (int j = N; j < L; ++j) out[j] = 0;
@@ -104,11 +105,11 @@ FA_INLINE void pack_projection(const Source<C, S>& b, C* packed, int64_t part, i
 }
 template <class C>
 FA_INLINE void project_rows(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
-                            C* c) {
+                            C* c, bool accumulate = false) {
   if (is_narrow(n))
-    gemm_narrow(rows, k, a, lda, packed, start, c, padded<C>(n));
+    gemm_narrow(rows, k, a, lda, packed, start, c, padded<C>(n), accumulate);
   else
-    gemm(rows, k, n, a, lda, packed, start, false, c, padded<C>(n));
+    gemm(rows, k, n, a, lda, packed, start, accumulate, c, padded<C>(n));
 }
 
 }  // namespace fastadapt::FA_TARGET
