@@ -58,6 +58,7 @@ class LoRAMultiheadAttention(nn.Module):
             k = {"k": base.kdim, "v": base.vdim}.get(name, base.embed_dim)
             self.lora_A[name], self.lora_B[name] = pair(k, base.embed_dim, r, base.out_proj.weight, dtype=dtype)
         self.reset_parameters()
+        self.train(base.training)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
