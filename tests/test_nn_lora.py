@@ -299,6 +299,31 @@ def test_attention_dropout():
         assert not torch.equal(first, second)
 
 
+def modules_to_compile():
+    attention = LoRAMultiheadAttention(nn.MultiheadAttention(E, HEADS, batch_first=True), R, dropout=0.1)
+    x, ids = torch.randn(3, 5, E, device=DEVICE), torch.tensor([1, 2, 3], device=DEVICE)
+    merged = randomised(LoRALinear(nn.Linear(K, N), R))
+    merged.merge()
+    return {
+        "attention": (attention, (x, x, x, None, False)),
+        "embedding": (LoRAEmbedding(nn.Embedding(9, N), R), (ids,)),
+        "merged": (merged, (torch.randn(5, K, device=DEVICE),)),
+    }
+
+
+@pytest.mark.parametrize("name", ["attention", "embedding", "merged"])
+def test_compiles_without_graph_break(name):
+    module, args = modules_to_compile()[name]
+    module = module.to(DEVICE)
+    torch._dynamo.reset()
+    results = []
+    for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        y = call(*args)
+        results.append(y[0] if isinstance(y, tuple) else y)
+    assert torch.equal(*results)
+
+
 def test_freeze_except():
     model = nn.ModuleDict(
         {

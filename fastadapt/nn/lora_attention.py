@@ -117,7 +117,7 @@ class LoRAMultiheadAttention(nn.Module):
             if x.dim() == 2:
                 y = y.unsqueeze(0 if self.batch_first else 1)
             y = y.unflatten(-1, (len(names), self.num_heads, -1))
-            heads += y.permute(2, 0, 3, 1, 4) if self.batch_first else y.permute(2, 1, 3, 0, 4)
+            heads.extend((y.permute(2, 0, 3, 1, 4) if self.batch_first else y.permute(2, 1, 3, 0, 4)).unbind())
         return heads
 
     def forward(
