@@ -139,6 +139,33 @@ def test_a_magnitude_of_zero_has_no_gradient(backend):
     assert wrong.nonzero().tolist() == [[3]] and all(t.isfinite().all() for t in (*found.values(), grads[0], y))
 
 
+class Quantised(nn.Parameter):
+    """The least that a quantised weight offers: here eight bits an element and a scale a row."""
+
+    def __new__(cls, weight):
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        codes = torch.Tensor._make_subclass(cls, (weight / scale).round().to(torch.int8), False)
+        codes.scale, codes.calls = scale, 0
+        return codes
+
+    def dequantize(self):
+        self.calls += 1
+        return self.data * self.scale
+
+
+@kernels
+def test_a_quantised_weight_is_dense_for_one_call_at_a_time(backend):
+    """Once in forward and once in backward, with nothing dense kept between them; the bits are those of the dense weight."""
+    module, x = layer(backend, dropout=0.3, dora=True), torch.randn(M, K, device=DEVICE)
+    module.base.weight = Quantised(module.base.weight.detach())
+    kept_shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept_shapes.append(t.shape) or t, lambda t: t):
+        quantised = gradients(module, x)
+    assert module.base.weight.calls == 2 and (M, K) in kept_shapes and (24, K) not in kept_shapes
+    module.base.weight = nn.Parameter(module.base.weight.dequantize(), requires_grad=False)
+    assert all(torch.equal(a, b) for a, b in zip(quantised, gradients(module, x)))
+
+
 @kernels
 def test_leaf_of_nothing_wanted(backend):
     arguments = SPEC.case("small").make(torch.float32, DEVICE)

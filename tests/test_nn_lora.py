@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-import fastadapt
 from fastadapt.nn import (
     BottleneckAdapter,
     LoRAEmbedding,
@@ -19,9 +18,9 @@ from fastadapt.nn import (
     freeze_except,
 )
 
+from .test_lora_linear import Quantised
 from .test_nn import DEVICE, assert_within_reference_error
 
-HAS_KERNEL = any(device == DEVICE for _, device in fastadapt.lora_linear.leaf.available)
 K, N, R, E, HEADS = 40, 24, 6, 24, 4
 OPTIONS = {
     "lora": {},
@@ -419,20 +418,6 @@ def test_attention_refuses(change, error, message):
         layer(torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged), x, x)
 
 
-class Quantised(nn.Parameter):
-    """The least that a quantised weight offers: here eight bits an element and a scale a row."""
-
-    def __new__(cls, weight):
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        codes = torch.Tensor._make_subclass(cls, (weight / scale).round().to(torch.int8), False)
-        codes.scale, codes.calls = scale, 0
-        return codes
-
-    def dequantize(self):
-        self.calls += 1
-        return self.data * self.scale
-
-
 def quantised_stand_in():
     base = nn.Linear(K, N, device=DEVICE)
     base.weight = Quantised(base.weight.detach())
@@ -489,17 +474,3 @@ def test_quantised_base(make, options):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
     quantised.unmerge()
     assert torch.equal(dequantise(quantised.base.weight), weight)
-
-
-@pytest.mark.skipif(not HAS_KERNEL, reason="the reference is plain PyTorch, which keeps what it multiplies with")
-def test_quantised_base_is_dense_for_one_call_at_a_time():
-    """Once in forward and once in backward, with nothing dense kept between them."""
-    base, _ = quantised_stand_in()
-    layer = LoRALinear(base, R)
-    kept = []
-    x = torch.randn(5, K, device=DEVICE, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        y = layer(x)
-    assert layer.base.weight.calls == 1
-    y.sum().backward()
-    assert layer.base.weight.calls == 2 and (N, K) not in kept
