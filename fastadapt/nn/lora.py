@@ -159,6 +159,7 @@ class LoRALinear(_Merging):
         if dora:
             self.magnitude = nn.Parameter(torch.empty_like(self.lora_B.weight[:, 0]))
         self.reset_parameters()
+        self.train(base.training)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -213,6 +214,7 @@ class LoRAEmbedding(_Merging):
         super().__init__(base, True, alpha, r, rslora, None)
         self.lora_A, self.lora_B = pair(base.num_embeddings, base.embedding_dim, r, base.weight, dtype=dtype)
         self.reset_parameters()
+        self.train(base.training)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -58,6 +58,7 @@ class LoRAMultiheadAttention(nn.Module):
             k = {"k": base.kdim, "v": base.vdim}.get(name, base.embed_dim)
             self.lora_A[name], self.lora_B[name] = pair(k, base.embed_dim, r, base.out_proj.weight, dtype=dtype)
         self.reset_parameters()
+        self.train(base.training)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -116,7 +117,7 @@ class LoRAMultiheadAttention(nn.Module):
             if x.dim() == 2:
                 y = y.unsqueeze(0 if self.batch_first else 1)
             y = y.unflatten(-1, (len(names), self.num_heads, -1))
-            heads += y.permute(2, 0, 3, 1, 4) if self.batch_first else y.permute(2, 1, 3, 0, 4)
+            heads.extend((y.permute(2, 0, 3, 1, 4) if self.batch_first else y.permute(2, 1, 3, 0, 4)).unbind())
         return heads
 
     def forward(

@@ -202,6 +202,8 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magn
     check_adapter(x, "x", n, k, lora_a, lora_b, scale, magnitude, diagonal)
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
+    if dropout.threshold(dropout_p) > 65535:
+        raise ValueError(f"dropout_p must leave at least one element in 65536, got {dropout_p!r}")
     if dropout_seed is not None:
         check.tensor("dropout_seed", dropout_seed)
         if dropout_seed.dtype != torch.int64 or dropout_seed.dim():

@@ -113,6 +113,8 @@ BAD = (
     Bad("scale-shape", change(scale=lambda a: a["bias"]), ValueError, r"scale must be 0-d = \(\), got \(21,\)"),
     Bad("scale-type", change(scale="big"), TypeError, "scale must be a number or a 0-d tensor, got str"),
     Bad("dropout-one", change(dropout_p=1.0), ValueError, r"dropout_p must be a number in \[0, 1\), got 1.0"),
+    Bad("dropout-nearly-one", change(dropout_p=0.999999), ValueError,
+        "dropout_p must leave at least one element in 65536, got 0.999999"),
     Bad("dropout-negative", change(dropout_p=-0.1), ValueError, r"dropout_p must be a number in \[0, 1\), got -0.1"),
     Bad("seed-dtype", change(dropout_p=0.5, dropout_seed=lambda a: a["bias"][0]), ValueError,
         r"dropout_seed must be a 0-d int64 tensor, got \(\) torch.float32"),

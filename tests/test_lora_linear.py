@@ -1,0 +1,221 @@
+"""What the battery can't say of lora_linear."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastadapt
+from fastadapt.nn import LoRALinear
+from fastadapt.ops.dropout import kept, kept_scale, threshold
+from fastadapt.ops.lora_linear import _bwd, _fwd, row_norms
+
+from .battery import BACKENDS, DEVICE, run
+from .specs.lora_linear import SPEC
+
+KERNELS = [b for b in BACKENDS if (b, DEVICE) in _fwd.available]
+kernels = pytest.mark.parametrize("backend", KERNELS)
+backends = pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+M, K = 19, 43
+
+
+def layer(backend, r=6, **options):
+    made = LoRALinear(nn.Linear(K, 24), r, backend=backend, **options).to(DEVICE)
+    nn.init.normal_(made.lora_B.weight)
+    return made
+
+
+def gradients(module, x, call=None):
+    """Output and gradients of the input and of what is trained; the seed of dropout is that of torch."""
+    torch.manual_seed(11)
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    y = (module if call is None else call)(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in module.parameters() if p.requires_grad)]
+
+
+def a_seed_that_tells(p):
+    """One whose mask keeps something, and would be another if ``p`` were rounded the other way to a 65536th."""
+    steps = p * 65536
+    other = math.floor(steps) + math.ceil(steps) - threshold(p)
+    for seed in map(torch.tensor, range(1 << 40, 1 << 50, (1 << 33) + 1)):
+        mask = kept(seed, M, K, p)
+        if mask.any() and (other == threshold(p) or not torch.equal(mask, kept(seed, M, K, other / 65536))):
+            return seed.to(DEVICE), mask.to(DEVICE)
+    raise AssertionError(f"no seed for {p}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [0.4, 1.5, 2.5, 6553.6, 32768, 65470.464, 65535])
+@backends
+def test_forward_and_backward_use_the_documented_mask(backend, steps, dtype):
+    """With identities for A and B and no frozen weight the mask itself comes out."""
+    p = steps / 65536
+    seed, mask = a_seed_that_tells(p)
+    eye = torch.eye(K, dtype=dtype, device=DEVICE)
+    x = torch.randint(1, 4, (M, K), device=DEVICE).to(dtype)
+    arguments = {"x": x, "weight": 0 * eye, "bias": None, "lora_a": eye, "lora_b": eye.clone()}
+    result = run(fastadapt.lora_linear, {**arguments, "dropout_p": p, "dropout_seed": seed}, backend=backend)
+    dropped = x.double() * mask * kept_scale(p)
+    for name, expected in (
+        ("y", dropped), ("x", mask.double() * kept_scale(p)), ("lora_b", dropped.sum(0).expand(K, K)),
+        ("lora_a", dropped.sum(0).expand(K, K)), ("weight", x.double().sum(0).expand(K, K)),
+    ):  # fmt: skip
+        # bfloat16 may round u, x * kept_scale and the result; float32 likewise
+        torch.testing.assert_close(result[name].double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@backends
+def test_the_seed_comes_from_torch(backend):
+    """One seed fixes a run; steps, and layers in a step, have masks of their own."""
+    first, second = (layer(backend, dropout=0.5) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(M, K, device=DEVICE)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append([f(x) for _ in range(2) for f in (first, second)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    outputs = torch.stack(runs[0])
+    assert not any(torch.equal(outputs[i], outputs[j]) for i in range(4) for j in range(i))
+    seed = torch.tensor(5, device=DEVICE)
+    arguments = {"bias": None, "lora_a": first.lora_A.weight, "lora_b": first.lora_B.weight, "backend": backend}
+    call = lambda: fastadapt.lora_linear(x, first.base.weight, dropout_p=0.5, dropout_seed=seed, **arguments)  # noqa: E731
+    before = torch.get_rng_state()
+    assert torch.equal(call(), call()) and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@backends
+def test_activation_checkpointing_replays_the_mask(backend, reentrant):
+    module, x = layer(backend, dropout=0.5, dora=True), torch.randn(M, K, device=DEVICE)
+    replayed = gradients(module, x, lambda x: checkpoint(module, x, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(module, x), replayed))
+
+
+@backends
+def test_modules_compile_without_graph_break(backend):
+    module, x = layer(backend, dropout=0.3, dora=True, lora_bias=True), torch.randn(M, K, device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for traced, eager in zip(gradients(module, x, compiled), gradients(module, x)):
+        torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+
+
+@backends
+def test_autocast_casts_as_a_linear_layer(backend):
+    """The frozen layer's operands; the adapter stays float32, and so do the gradients and the norm of DoRA."""
+    module, x = layer(backend, dora=True), torch.randn(M, K, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        linear = module.base(x)
+        cast = gradients(module, x)
+    by_hand = copy.deepcopy(module)
+    by_hand.base.bfloat16()
+    expected = gradients(by_hand, x, lambda x: by_hand(x.bfloat16()))
+    assert cast[0].dtype == linear.dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in cast[1:])
+    assert all(torch.equal(a, b) for a, b in zip(cast, expected))
+    args = module.base.weight, module.lora_A.weight, module.lora_B.weight
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(row_norms(*args), (norms := row_norms(*args)))
+    exact = (module.base.weight.double() + args[2].double() @ args[1].double()).norm(dim=1)
+    torch.testing.assert_close(norms.double(), exact, rtol=1e-5, atol=0)
+
+
+@kernels
+def test_a_magnitude_of_zero_has_no_gradient(backend):
+    """It is a quotient by the magnitude: NaN, and nowhere else."""
+    module, x = layer(backend, dora=True), torch.randn(M, K, device=DEVICE)
+    with torch.no_grad():
+        module.magnitude[3] = 0
+    y, *grads, grad_a, grad_b, grad_magnitude = (t for t in gradients(module, x))
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    found = dict(zip(names, [*grads[1:], grad_a, grad_b, grad_magnitude]))
+    assert torch.equal(y[:, 3], module.base.bias[3].expand(M))
+    wrong = found.pop("magnitude").isnan()
+    assert wrong.nonzero().tolist() == [[3]] and all(t.isfinite().all() for t in (*found.values(), grads[0], y))
+
+
+class Quantised(nn.Parameter):
+    """The least that a quantised weight offers: here eight bits an element and a scale a row."""
+
+    def __new__(cls, weight):
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        codes = torch.Tensor._make_subclass(cls, (weight / scale).round().to(torch.int8), False)
+        codes.scale, codes.calls = scale, 0
+        return codes
+
+    def dequantize(self):
+        self.calls += 1
+        return self.data * self.scale
+
+
+@kernels
+def test_a_quantised_weight_is_dense_for_one_call_at_a_time(backend):
+    """Once in forward and once in backward, with nothing dense kept between them; the bits are those of the dense weight."""
+    module, x = layer(backend, dropout=0.3, dora=True), torch.randn(M, K, device=DEVICE)
+    module.base.weight = Quantised(module.base.weight.detach())
+    kept_shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept_shapes.append(t.shape) or t, lambda t: t):
+        quantised = gradients(module, x)
+    assert module.base.weight.calls == 2 and (M, K) in kept_shapes and (24, K) not in kept_shapes
+    module.base.weight = nn.Parameter(module.base.weight.dequantize(), requires_grad=False)
+    assert all(torch.equal(a, b) for a, b in zip(quantised, gradients(module, x)))
+
+
+@kernels
+def test_leaf_of_nothing_wanted(backend):
+    arguments = SPEC.case("small").make(torch.float32, DEVICE)
+    args = SPEC.leaf_args(arguments)
+    outputs = getattr(_bwd, backend)(*SPEC.bwd_leaf_args(torch.ones_like(SPEC.output(arguments)), args, [False] * 7))
+    assert [tuple(t.shape) for t in outputs] == [(0,)] * 7
+
+
+@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("case", [c for c in SPEC.numerics.paths if c.name != "long-ranks"], ids=lambda c: c.name)
+def test_bits_do_not_depend_on_the_number_of_threads(case):
+    arguments = case.make(torch.float32, "cpu")
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(SPEC.op, arguments, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][key], other[key]) for other in results[1:] for key in other)
+
+
+def kept_bytes(modules, x):
+    """What autograd keeps of a call of each module beside parameters: bytes of the input, and of all else."""
+    kept_tensors = {}
+
+    def pack(t):
+        kept_tensors[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = [module(x) for module in modules]
+    for parameter in (p for module in modules for p in module.parameters()):
+        kept_tensors.pop(parameter.untyped_storage().data_ptr(), None)
+    assert all(y.requires_grad for y in outputs)
+    return kept_tensors.pop(x.untyped_storage().data_ptr(), 0), sum(kept_tensors.values())
+
+
+@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+def test_what_is_kept_for_backward_with_dropout():
+    """The input, r numbers a row and the seed; peft keeps a mask and a masked copy for each layer."""
+    peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
+    config = peft.LoraConfig(r=16, lora_dropout=0.1, target_modules=["q", "v"])
+    model = nn.Module()
+    model.q, model.v = nn.Linear(768, 768), nn.Linear(768, 768)
+    ours = [LoRALinear(copy.deepcopy(base), 16, dropout=0.1, backend="native") for base in (model.q, model.v)]
+    wrapped = peft.get_peft_model(model, config).base_model.model
+    x = torch.randn(2048, 768, requires_grad=True)
+    for count, share in ((1, 0.51), (2, 0.26)):
+        theirs = sum(kept_bytes([wrapped.q, wrapped.v][:count], x))
+        of_input, beyond = kept_bytes(ours[:count], x)
+        assert of_input == x.nbytes and beyond == count * (2048 * 16 * 4 + 8)
+        assert of_input + beyond <= share * theirs
