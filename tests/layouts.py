@@ -14,5 +14,6 @@ LAYOUTS = {
     "leading-transposed": lambda t: t.transpose(0, -2).contiguous().transpose(0, -2) if t.dim() > 2 else t,
     "sliced": sliced,
     "every-second": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
+    "behind-others": lambda t: torch.cat([t[:1], t])[1:] if t.dim() > 1 else t,  # contiguous, but not where its memory begins
     "expanded": lambda t: t[:1].expand(t.shape) if t.dim() > 1 else t,
 }

@@ -85,10 +85,8 @@ Tensor matrix(const Tensor& t, const Rows& rows, int64_t m) {
   const int64_t sizes[] = {m, t.size(-1)}, strides[] = {rows.ld, rows.step};
   if (t.dim() == 2) return t;
   if (rows.offsets) return torch::stable::reshape(t, {sizes, 2});
-  int64_t offset;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
   AtenTensorHandle out;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &out));  // 0: from where t begins
   return Tensor(out);
 }
 
