@@ -102,7 +102,7 @@ def bad_values_spread_as_in_pytorch(spec, backend, case, dtype):
         tensors = {**arguments, "grad_y": grad_y}
         if tensors.get(name) is None:
             continue
-        rows = tensors[name].view(-1, grad_y.shape[-1])
+        rows = tensors[name].view(-1, tensors[name].shape[-1])
         rows[min(2, len(rows) - 1), min(3, rows.shape[-1] - 1)] = bad
         expected, actual = run(spec.reference, doubled(arguments), grad_y), run(spec.op, arguments, grad_y, backend=backend)
         for result, e in expected.items():

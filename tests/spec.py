@@ -80,6 +80,7 @@ class OpSpec:
     planted: tuple[Case, ...] = ()  # loops of every kernel run three times, so that each of their barriers and waits counts
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
     compiled: tuple[Compiled, ...] = ()  # together they reach every entry of the tables of tiles in kernels/
+    autocast: tuple = ()  # arguments that autocast casts; the other ones keep their dtype
     dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)
 
     def output(self, arguments: dict) -> torch.Tensor:

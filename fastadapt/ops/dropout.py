@@ -53,4 +53,4 @@ def kept(seed: Tensor, m: int, k: int, p: float) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     words = philox((blocks + zero, rows & _LOW, rows >> 32, zero), seed)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
-    return halves.reshape(m, -1)[:, :k] >= threshold(p)
+    return halves.flatten(1)[:, :k] >= threshold(p)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fastadapt.ops import lora_linear, lora_linear_reference
 from fastadapt.ops.dropout import kept, kept_scale
-from fastadapt.ops.lora_linear import _bwd, _fwd, row_norms
+from fastadapt.ops.lora_linear import _bwd, _fwd
 
 from ..spec import Bad, Case, Compiled, Numerics, OpSpec
 
@@ -144,23 +144,41 @@ def compiled(dtype, shape, n, r, quick=(), precision="ieee", aligned=True, **opt
 
 def rounded(a, unit, points):
     """The docstring's formula in float64, and its roundings."""
-    shape, x, scale = a["x"].shape, a["x"].reshape(-1, a["x"].shape[-1]), a["scale"]
+    value, gradient = (points.value, points.gradient) if unit == "matrix" else (lambda t: t,) * 2
+    shape, scale = a["x"].shape, a["scale"]
+    x = a["x"].reshape(shape[:-1].numel(), shape[-1])
     p, weight, lora_a, lora_b = a.get("dropout_p", 0.0), a["weight"], a["lora_a"], a["lora_b"]
-    dropped = x * kept(a["dropout_seed"], *x.shape, p) * kept_scale(p) if p else x
-    u = F.linear(dropped, lora_a)
-    u = scale * (u * a["diagonal"] if "diagonal" in a else u)
-    y = F.linear(x, weight) + F.linear(u, lora_b)
-    if "lora_bias" in a:
-        y = y + scale * a["lora_bias"]
+    dropped = x if unit == "matrix" else points.gradient(x)
+    dropped = dropped * kept(a["dropout_seed"], *x.shape, p) * kept_scale(p) if p else dropped
+    u = gradient(F.linear(dropped, value(lora_a)))
+    u = value(scale * (u * a["diagonal"] if "diagonal" in a else u))
+    frozen, branch, gain, shift = F.linear(x, weight), F.linear(u, value(lora_b)), None, 0.0
     if "magnitude" in a:
-        y = y * (a["magnitude"] / row_norms(weight, lora_a, lora_b, scale, a.get("diagonal")))
+        update = scale * (lora_b * a["diagonal"] if "diagonal" in a else lora_b)
+        rounded_a = points.value(lora_a)
+        mixed = points.value(weight @ rounded_a.T) + 0.5 * update @ (rounded_a @ rounded_a.T)
+        gain = a["magnitude"] / (weight.square().sum(1) + 2 * (mixed * update).sum(1)).sqrt().detach()
+    if "lora_bias" in a:
+        shift = scale * a["lora_bias"] * (1.0 if gain is None else gain)
     if a["bias"] is not None:
-        y = y + a["bias"]
-    return y.view(*shape[:-1], -1)
+        shift = shift + a["bias"]
+    if unit == "matrix":
+        y = gradient(frozen + branch)
+        y = y + shift if gain is None else y * gain + shift
+    elif gain is None:  # on a CPU a library adds the frozen product to what is rounded already
+        y = points.value(branch + shift) + frozen
+    else:
+        y = points.value(points.value(branch) + points.gradient(frozen)) * gain + shift
+    return y.view(*shape[:-1], weight.shape[0])
 
 
 def predicted(a, unit):
-    return ()
+    """A norm of DoRA that rounds to the other side moves a column of the gradients, and with it grad_u, on which few elements
+    of lora_a's gradient hang."""
+    if a["lora_a"].dtype != a["x"].dtype:
+        return ("y",)
+    names = ("y", "x", "weight", "bias", "lora_b")
+    return names if unit == "matrix" and "magnitude" in a else (*names, "lora_a")
 
 
 def fuzz(draw, st):
@@ -179,9 +197,9 @@ def fuzz(draw, st):
 NUMERICS = Numerics(
     rounded=rounded,
     predicted=predicted,
-    exact=(case("integers", shape=(33, 65), n=31, r=5, scale=2.0, diagonal=True, lora_bias=True),),
+    exact=(case("integers", shape=(33, 65), n=31, r=1, scale=2.0, diagonal=True, lora_bias=True),),
     rows=(),
-    alone={},
+    alone={"native": 0},  # the vendor's products
     paths=(
         case("rows", shape=(130, 70), n=45, r=20, dropout=0.2, **EVERYTHING),
         case("dora-rows", shape=(130, 70), n=45, r=20, dora=True, **EVERYTHING),
@@ -190,8 +208,26 @@ NUMERICS = Numerics(
     ),
     fuzz=fuzz,
 )
-SIZES = ((384, 384), (768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 1024))
+ALL = {"dora": True, "dropout": 0.1, **EVERYTHING}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# The first call of a rank and element size goes through all tiles.
+COMPILED = (
+    compiled(BF16, (4096, 1024), 1024, 16, **ALL, quick=(90,)),
+    compiled(FP16, (4096, 1024), 1024, 32, dropout=0.1, quick=(89,)),
+    compiled(BF16, (4096, 2048), 1024, 64, **ALL, parameters=FP32, quick=(80, "gfx942")),
+    compiled(FP16, (4096, 1024), 2048, 128, **EVERYTHING, parameters=FP32),
+    compiled(BF16, (4096, 1024), 4096, 256, **ALL, quick=(86,)),
+    compiled(FP32, (4096, 768), 768, 16, **ALL, quick=(120,)),
+    compiled(FP32, (4096, 768), 768, 32, dropout=0.1),
+    compiled(FP32, (4096, 768), 768, 64, **ALL),
+    compiled(FP32, (4096, 768), 768, 128, **EVERYTHING),
+    compiled(FP32, (4096, 768), 768, 256, **ALL),
+    compiled(FP32, (4096, 768), 768, 16, dropout=0.1, precision="tf32"),
+    compiled(BF16, (4096, 4096), 4096, 16, name="plain", quick=(90, 100)),
+    compiled(BF16, (16, 4096), 1024, 8, transposed=True, name="plain-transposed"),
+    compiled(FP16, (17, 769), 71, 7, **ALL, aligned=False),
+)
+SIZES = ((384, 384), (768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 1024))
 SPEC = OpSpec(
     op=lora_linear,
     reference=lora_linear_reference,
@@ -201,11 +237,26 @@ SPEC = OpSpec(
     bwd_leaf_args=bwd_leaf_args,
     bwd_outputs=("x", "weight", "bias", "lora_a", "lora_b", "diagonal", "magnitude"),
     activations=("x",),
+    autocast=("x", "weight", "bias"),
     cases=CASES,
     bench=tuple(
         bench(m, k, n, r, p) for (k, n), r, m, p in itertools.product(SIZES, (8, 16, 64), (64, 512, 2048), (0.0, 0.1))
     ),
     bad=BAD,
     numerics=NUMERICS,
-    large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), n=64, r=16, **EVERYTHING),
+    compiled=COMPILED,
+    huge=(
+        case("wide-output", shape=(40_000, 64), n=70_000, r=16, **ALL),
+        case("wide-weight", shape=(40, 70_000), n=70_000, r=64, **ALL),
+    ),
+    tiled=(
+        case("r7", shape=(131, 72), n=264, r=7, **ALL),
+        *(case(f"r{r}", shape=(67, 136), n=72, r=r, **ALL) for r in (20, 100, 130)),
+        case("r48-of-odd-widths", shape=(67, 131), n=75, r=48, **ALL),
+    ),
+    planted=(
+        case("looped", shape=(720, 200), n=6000, r=20, **ALL),
+        case("looped-high-rank", shape=(1100, 1000), n=40, r=50, **ALL),
+    ),
+    large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), n=64, r=16, **ALL),
 )
