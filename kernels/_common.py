@@ -1,10 +1,18 @@
-"""What the Triton kernels of several ops share: activations, rows of strided tensors, tiles of a bank."""
+"""What the Triton kernels of several ops share: activations, dropout, rows of strided tensors, tiles of a bank."""
 
 import math
+import re
 
 import torch
 import triton
 import triton.language as tl
+
+# KiB of shared memory that a program may use, by compute capability.
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+# Programs that fill the largest chips twice. The same everywhere, so that sums are split, and round, the same everywhere.
+PROGRAMS = 264
+# Before 3.7.1 Triton omits the fence between cp.async and wgmma on sm_90. Tiles under 64 rows use mma.sync, which needs none.
+WGMMA = [int(n) for n in re.findall(r"\d+", triton.__version__)[:3]] >= [3, 7, 1]
 
 
 @triton.jit
@@ -113,12 +121,25 @@ def standardised(tile, mean, rstd):
 
 
 @triton.jit
+def dropout_keeps(rows, start, seed_ptr, threshold, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of ``rows`` in BLOCK_D columns from ``start``, a multiple of 8, dropout keeps. A counter of Philox gives
+    16 bits to each of 8 adjacent columns, as fastadapt/ops/dropout.py says."""
+    blocks = (start // 8 + tl.arange(0, BLOCK_D // 8)).to(tl.uint32)[None, :]
+    low, high = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), blocks, low, high, tl.zeros_like(high), 7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last dimension becomes the lowest bit of the column
+    halves = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
+    return tl.reshape(halves, (BLOCK_M, BLOCK_D)) >= threshold
+
+
+@triton.jit
 def project(
     ptr, offsets, inside, stride_d, weight_ptr, weight_stride_d, weight_stride_r, width, mean, rstd, norm_weight_ptr,
     norm_bias_ptr, scale_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, rows=None, seed_ptr=None, threshold=0,
 ):  # fmt: skip
-    """Rows, normalised or scaled per channel on the way, times a (width, R) weight: [BLOCK_M, BLOCK_R] in float32."""
+    """Rows times a (width, R) weight: [BLOCK_M, BLOCK_R] in float32. On the way they are normalised, or scaled per channel, or
+    lose what dropout drops."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -134,6 +155,8 @@ def project(
             tile = normed.to(dtype)
         if scale_ptr is not None:
             tile = (tile.to(tl.float32) * tl.load(scale_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]).to(dtype)
+        if seed_ptr is not None:
+            tile = tl.where(dropout_keeps(rows, start, seed_ptr, threshold, BLOCK_M, BLOCK_D), tile, 0.0)
         weight_ptrs = weight_ptr + cols[:, None] * weight_stride_d + ranks[None, :] * weight_stride_r
         weight = tl.load(weight_ptrs, mask=valid[:, None] & (ranks < R)[None, :], other=0.0).to(dtype)  # [BLOCK_D, BLOCK_R]
         acc = tl.dot(tile, weight, acc, input_precision=PRECISION)
@@ -159,12 +182,46 @@ def hidden_layer(z, hidden_skip_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr, ACT
     return value, slope
 
 
+@triton.jit
+def sum_planes(ptr, first, last, stride, offsets, mask):
+    total = tl.zeros(offsets.shape, tl.float32)
+    for i in range(first, last):
+        total += tl.load(ptr + tl.cast(i, tl.int64) * stride + offsets, mask=mask, other=0.0)
+    return total
+
+
 class Tiles(dict):
     """The tiles that a launcher chooses among, by a key. Every tile is right for every call of its key."""
 
     def pick(self, key, suits):
         """The first tile of ``key`` that suits the call, or the last one."""
         return next((tile for tile in self[key] if suits(tile)), self[key][-1])
+
+
+def shared_memory(x: torch.Tensor) -> tuple[int, int]:
+    """Bytes of shared memory that a program may fill with tiles on the device of ``x``, and the lanes of a warp."""
+    if x.device.type == "cpu":
+        arch, lanes = 90, 32
+    else:
+        target = triton.runtime.driver.active.get_current_target()
+        arch, lanes = target.arch, target.warp_size
+    return (_SHARED.get(arch, 64) - 16) * 1024, lanes  # the compiler moves other tiles through shared memory too
+
+
+def precision(x: torch.Tensor) -> str:
+    """float32 products are exact unless the user let PyTorch's own be rounded to TensorFloat-32."""
+    return "tf32" if x.device.type != "cpu" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Parameters as the kernels read them; only a strided one is copied."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def dropout_constants(p: float) -> tuple[int, float]:
+    """Of 65536 how many elements are dropped, and what the others grow by: see fastadapt/ops/dropout.py."""
+    threshold = round(p * 65536)
+    return threshold, 65536 / (65536 - threshold)
 
 
 def rows_of(t: torch.Tensor) -> tuple[torch.Tensor | None, int]:

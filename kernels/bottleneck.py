@@ -1,13 +1,27 @@
 """Triton kernels of bottleneck: a program keeps the hidden activations of its rows in registers."""
 
-import re
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._common import Tiles, bank_rows, bank_tile, hidden_layer, moments, project, rank_vector, row_offsets, rows_of
+from ._common import (
+    PROGRAMS,
+    WGMMA,
+    Tiles,
+    bank_rows,
+    bank_tile,
+    dense,
+    hidden_layer,
+    moments,
+    precision,
+    project,
+    rank_vector,
+    row_offsets,
+    rows_of,
+    shared_memory,
+)  # fmt: skip
 from .bottleneck_bwd import (
     bottleneck_bwd_columns_kernel,
     bottleneck_bwd_norm_dots_kernel,
@@ -15,21 +29,15 @@ from .bottleneck_bwd import (
     bottleneck_bwd_rows_kernel,
 )
 
-# KiB of shared memory that a program may use, by compute capability.
-_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-# Programs that fill the largest chips twice. The same everywhere, so that sums are split, and round, the same everywhere.
-_PROGRAMS = 264
-# Before 3.7.1 Triton omits the fence between cp.async and wgmma on sm_90. Tiles under 64 rows use mma.sync, which needs none.
-_WGMMA = [int(n) for n in re.findall(r"\d+", triton.__version__)[:3]] >= [3, 7, 1]
 # Tiles of the kernels that own rows, by the bytes of an element and BLOCK_R: BLOCK_M, BLOCK_D, and the widest d whose rows
 # stay in the L2 cache between two walks. The hidden tiles must fit the registers, of which backward holds more.
-_LOW = ((64, 64, 1024), (32, 64, 1024), (16, 64, 1024), (32, 128, 4096), (16, 128, None))[0 if _WGMMA else 3 :]
+_LOW = ((64, 64, 1024), (32, 64, 1024), (16, 64, 1024), (32, 128, 4096), (16, 128, None))[0 if WGMMA else 3 :]
 _HIGH = ((32, 64, 4096), (16, 64, None))
 _FLOAT32 = {(4, r): ((32, 32, None), (16, 32, None)) if r <= 64 else ((16, 16, None),) for r in (16, 32, 64, 128, 256)}
 _BWD_TILES = Tiles({(2, 16): _LOW, (2, 32): _LOW, (2, 64): _HIGH, (2, 128): _HIGH, (2, 256): _HIGH, **_FLOAT32})
-_FWD_TILES = Tiles({**_BWD_TILES, (2, 64): ((64, 64, 1024), *_HIGH) if _WGMMA else _HIGH})
-# BLOCK_M and BLOCK_D of the kernel that owns columns: under 64 columns, for mma.sync. Triton 3.9 gives a tile that is multiplied
-# by wgmma and also summed one buffer too few, so that the next tile is copied over one that is being read.
+_FWD_TILES = Tiles({**_BWD_TILES, (2, 64): ((64, 64, 1024), *_HIGH) if WGMMA else _HIGH})
+# BLOCK_M and BLOCK_D of the kernel that owns columns: under 64 columns, for mma.sync. With wgmma Triton 3.9 gives a tile that
+# is also summed one buffer too few, so that the next tile is copied over one that is being read.
 _COLUMN_TILES = Tiles(
     {(2, r): ((32, 32),) for r in (16, 32, 64, 128, 256)}
     | {(4, r): ((32, 32) if r <= 32 else (16, 32) if r == 64 else (16, 16),) for r in (16, 32, 64, 128, 256)}
@@ -116,18 +124,9 @@ def bottleneck_fwd_kernel(
         tl.store(y_ptr + (rows * d)[:, None] + cols[None, :], (base + y).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _chip(x):
-    """Compute capability, or the name of an AMD chip, and the lanes of a warp."""
-    if x.device.type == "cpu":
-        return 90, 32
-    target = triton.runtime.driver.active.get_current_target()
-    return target.arch, target.warp_size
-
-
 def _blocks(x, block_r, block_m, block_d, tile_bytes):
     """Blocks and launch options. As many tiles of ``tile_bytes`` are in flight as leave room for a second program, up to 4."""
-    arch, lanes = _chip(x)
-    shared = (_SHARED.get(arch, 64) - 16) * 1024  # the compiler moves hidden tiles through shared memory too
+    shared, lanes = shared_memory(x)
     return {
         "BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4 if block_r <= 64 or lanes == 64 else 8,
         "num_stages": max(1, min(4, max(shared // 2 // tile_bytes, min(2, shared // tile_bytes)))), "enable_fp_fusion": True,
@@ -139,7 +138,7 @@ def _row_blocks(x, weight, m, d, r, tiles):
     block_r = max(16, triton.next_power_of_2(r))
     block_m, block_d, _ = tiles.pick(
         (x.element_size(), block_r),
-        lambda tile: d <= (tile[2] or d) and (tile[0] == 16 or triton.cdiv(m, tile[0]) >= _PROGRAMS // 2),
+        lambda tile: d <= (tile[2] or d) and (tile[0] == 16 or triton.cdiv(m, tile[0]) >= PROGRAMS // 2),
     )
     return _blocks(x, block_r, block_m, block_d, block_d * (block_m * x.element_size() + block_r * weight.element_size()))
 
@@ -153,22 +152,12 @@ def _column_blocks(x, block_r):
     return blocks
 
 
-def _dense(*tensors):
-    """Parameters as the kernels read them; only a strided one is copied."""
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def _bank(adapter_ids, x, down_weight):
     """``(order, starts, g, constexprs)`` of a call; without a bank everything belongs to adapter 0."""
     if adapter_ids is None:
         return None, None, 1, {"GROUPS": 0}
     g = down_weight.shape[0]
     return *bank_rows(adapter_ids, x, g), g, {"GROUPS": triton.next_power_of_2(g + 2)}
-
-
-def _precision(x):
-    """float32 products are exact unless the user let PyTorch's own be rounded to TensorFloat-32."""
-    return "tf32" if x.device.type != "cpu" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def bottleneck_fwd(
@@ -180,7 +169,7 @@ def bottleneck_fwd(
         return y
     d, r = x.shape[-1], down_weight.shape[-2]
     m = x.numel() // d
-    down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight = _dense(
+    down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight = dense(
         down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight
     )
     scalar, channels = (None, scale) if scale is not None and scale.dim() else (scale, None)
@@ -194,7 +183,7 @@ def bottleneck_fwd(
             x, x_table, x_stride, x.stride(-1), residual, residual_table, residual_stride,
             0 if residual is None else residual.stride(-1), y, down_weight, up_weight, down_bias, up_bias, scalar, channels,
             scale_value, norm_weight, norm_bias, norm_eps, skip_weight, hidden_skip_weight, order, starts, m, d, g, R=r,
-            ACTIVATION=activation, ADD_X=add_x, PRECISION=_precision(x), **groups, **blocks,
+            ACTIVATION=activation, ADD_X=add_x, PRECISION=precision(x), **groups, **blocks,
         )  # fmt: skip
     return y
 
@@ -217,7 +206,7 @@ class _Backward:
         self.grad_rows, self.x_rows = (*rows_of(grad_y), grad_y.stride(-1)), (*rows_of(x), x.stride(-1))
         self.row_blocks = _row_blocks(x, self.down_weight, self.m, self.d, self.r, _BWD_TILES)
         self.column_blocks = _column_blocks(x, self.row_blocks["BLOCK_R"])
-        rows, splits = self.column_blocks["BLOCK_M"], _PROGRAMS // triton.cdiv(self.d, self.column_blocks["BLOCK_D"])
+        rows, splits = self.column_blocks["BLOCK_M"], PROGRAMS // triton.cdiv(self.d, self.column_blocks["BLOCK_D"])
         self.chunk = triton.cdiv(triton.cdiv(self.m, max(1, splits)), rows) * rows
         self.chunks = triton.cdiv(self.m, self.chunk) + (self.g if self.groups["GROUPS"] else 0)
         # Which products and sums the wanted gradients are made of.
@@ -250,7 +239,7 @@ class _Backward:
             self.scalar, self.channels, self.scale_value, self.norm_weight, self.norm_bias, self.norm_eps, dots,
             self.skip_weight, self.hidden_skip_weight, self.grad_z, self.grad_skip, self.hidden, work.shape[1], self.stats,
             self.order, self.starts, self.m, self.d, self.g, R=self.r, ACTIVATION=self.activation, ADD_X=self.add_x,
-            NEED_GRAD_Z=want.x or any(needed[:2]), PRECISION=_precision(x), **self.groups, **self.row_blocks,
+            NEED_GRAD_Z=want.x or any(needed[:2]), PRECISION=precision(x), **self.groups, **self.row_blocks,
         )  # fmt: skip
         return x.new_empty(0) if grad_x is None else grad_x
 
@@ -265,7 +254,7 @@ class _Backward:
         bottleneck_bwd_columns_kernel[(triton.cdiv(d, self.column_blocks["BLOCK_D"]) * self.chunks,)](
             left, *rows, stats, right, 0 if right is None else right.stride(0), other,
             *((None, 0, 0) if other is None else self.x_rows), planes, sums, dots, order, self.starts, self.m, d, self.g,
-            self.chunk, PRECISION=_precision(left), **self.groups, **self.column_blocks,
+            self.chunk, PRECISION=precision(left), **self.groups, **self.column_blocks,
         )  # fmt: skip
         return planes, sums, dots
 
@@ -317,5 +306,5 @@ def bottleneck_bwd(
     if not x.numel():
         return tuple(t.new_zeros(t.shape) if wanted else x.new_empty(0) for t, wanted in zip((x, *parameters), want))
     with torch.cuda.device_of(x):
-        call = _Backward(grad_y, x, _dense(*parameters), add_x, scale_value, activation, norm_eps, adapter_ids, want)
+        call = _Backward(grad_y, x, dense(*parameters), add_x, scale_value, activation, norm_eps, adapter_ids, want)
         return call.rows(), *call.weights()

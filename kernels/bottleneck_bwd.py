@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._common import bank_tile, bank_tiles, hidden_layer, moments, project, rank_vector, row_offsets, standardised
+from ._common import bank_tile, bank_tiles, hidden_layer, moments, project, rank_vector, row_offsets, standardised, sum_planes
 
 
 @triton.jit
@@ -176,14 +176,6 @@ def bottleneck_bwd_columns_kernel(
 
 
 @triton.jit
-def _sum_planes(ptr, first, last, stride, offsets, mask):
-    total = tl.zeros(offsets.shape, tl.float32)
-    for i in range(first, last):
-        total += tl.load(ptr + tl.cast(i, tl.int64) * stride + offsets, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
 def bottleneck_bwd_reduce_kernel(
     up_planes_ptr, down_planes_ptr, sums_ptr, dots_ptr, grad_z_sums_ptr, grad_skip_sums_ptr, down_ptr, up_ptr,
     up_bias_ptr, scale_ptr, channel_scale_ptr, scale_value, norm_weight_ptr, norm_bias_ptr, grad_down_ptr, grad_up_ptr,
@@ -217,13 +209,13 @@ def bottleneck_bwd_reduce_kernel(
         scale = tl.load(channel_scale_ptr + cols, mask=valid, other=0.0).to(tl.float32)
     grad_scale = tl.zeros((BLOCK_D,), tl.float32)
     if sums_ptr is not None:
-        sums = _sum_planes(sums_ptr, first, last, d, cols, valid)
+        sums = sum_planes(sums_ptr, first, last, d, cols, valid)
         if grad_up_bias_ptr is not None:
             tl.store(grad_up_bias_ptr + columns, (scale * sums).to(grad_up_bias_ptr.dtype.element_ty), mask=valid)
         if up_bias_ptr is not None:
             grad_scale += sums * tl.load(up_bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
     if up_planes_ptr is not None:
-        product = _sum_planes(up_planes_ptr, first, last, d * BLOCK_R, plane, mask)
+        product = sum_planes(up_planes_ptr, first, last, d * BLOCK_R, plane, mask)
         if grad_up_ptr is not None:
             tl.store(grad_up_ptr + up_offsets, (scale[:, None] * product).to(grad_up_ptr.dtype.element_ty), mask=mask)
         if grad_scale_ptr is not None:
@@ -231,7 +223,7 @@ def bottleneck_bwd_reduce_kernel(
             grad_scale += tl.sum(product * up, 1)
             tl.store(grad_scale_ptr + columns, grad_scale.to(grad_scale_ptr.dtype.element_ty), mask=valid)
     if grad_z_sums_ptr is not None:
-        grad_z_sums = _sum_planes(grad_z_sums_ptr, first, last, R, ranks, ranks < R)
+        grad_z_sums = sum_planes(grad_z_sums_ptr, first, last, R, ranks, ranks < R)
         if grad_down_bias_ptr is not None:
             out = grad_z_sums.to(grad_down_bias_ptr.dtype.element_ty)
             tl.store(grad_down_bias_ptr + group * R + ranks, out, mask=rank_mask)
@@ -241,7 +233,7 @@ def bottleneck_bwd_reduce_kernel(
             out = tl.sum(down * grad_z_sums[None, :], 1)
             tl.store(grad_norm_bias_ptr + columns, out.to(grad_norm_bias_ptr.dtype.element_ty), mask=valid)
     if down_planes_ptr is not None:
-        product = _sum_planes(down_planes_ptr, first, last, d * BLOCK_R, plane, mask)
+        product = sum_planes(down_planes_ptr, first, last, d * BLOCK_R, plane, mask)
         if grad_norm_weight_ptr is not None:
             out = tl.sum(down * product, 1)
             tl.store(grad_norm_weight_ptr + columns, out.to(grad_norm_weight_ptr.dtype.element_ty), mask=valid)
@@ -253,8 +245,8 @@ def bottleneck_bwd_reduce_kernel(
                     product += bias[:, None] * grad_z_sums[None, :]
             tl.store(grad_down_ptr + down_offsets, product.to(grad_down_ptr.dtype.element_ty), mask=mask)
     if dots_ptr is not None:
-        out = _sum_planes(dots_ptr, first, last, d, cols, valid)
+        out = sum_planes(dots_ptr, first, last, d, cols, valid)
         tl.store(grad_skip_ptr + columns, out.to(grad_skip_ptr.dtype.element_ty), mask=valid)
     if grad_skip_sums_ptr is not None:
-        out = _sum_planes(grad_skip_sums_ptr, first, last, R, ranks, ranks < R)
+        out = sum_planes(grad_skip_sums_ptr, first, last, R, ranks, ranks < R)
         tl.store(grad_hidden_skip_ptr + group * R + ranks, out.to(grad_hidden_skip_ptr.dtype.element_ty), mask=rank_mask)

@@ -30,9 +30,10 @@ def launch(spec, arguments, layout=lambda t: t):
     """What the launchers of both leaves return when every gradient is wanted."""
     views = {id(v): layout(v) for n, v in arguments.items() if n in spec.activations and isinstance(v, torch.Tensor)}
     args = spec.leaf_args({n: views.get(id(v), v) for n, v in arguments.items()})
-    y = spec.fwd.launcher(*args)
+    outputs = spec.fwd.launcher(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = [isinstance(arguments.get(name), torch.Tensor) for name in spec.bwd_outputs]
-    return y, *spec.bwd.launcher(*spec.bwd_leaf_args(layout(torch.ones_like(y)), args, wanted))
+    return *outputs, *spec.bwd.launcher(*spec.bwd_leaf_args(layout(torch.ones_like(outputs[0])), args, wanted))
 
 
 def tiles_of(spec, case, dtype, place):

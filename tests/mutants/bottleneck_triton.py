@@ -262,15 +262,15 @@ MUTANTS = (
             ),
             (
                 BWD,
-                "sums = _sum_planes(sums_ptr, first, last, d, cols, valid)",
-                "sums = _sum_planes(sums_ptr, 0, 1, d, cols, valid)",
+                "sums = sum_planes(sums_ptr, first, last, d, cols, valid)",
+                "sums = sum_planes(sums_ptr, 0, 1, d, cols, valid)",
             ),
             (
                 BWD,
-                "grad_z_sums = _sum_planes(grad_z_sums_ptr, first, last, R,",
-                "grad_z_sums = _sum_planes(grad_z_sums_ptr, 0, 1, R,",
+                "grad_z_sums = sum_planes(grad_z_sums_ptr, first, last, R,",
+                "grad_z_sums = sum_planes(grad_z_sums_ptr, 0, 1, R,",
             ),
-            (BWD, "out = _sum_planes(grad_skip_sums_ptr, first, last, R,", "out = _sum_planes(grad_skip_sums_ptr, 0, 1, R,"),
+            (BWD, "out = sum_planes(grad_skip_sums_ptr, first, last, R,", "out = sum_planes(grad_skip_sums_ptr, 0, 1, R,"),
         ],
     ),
     Mutant(
