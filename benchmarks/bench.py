@@ -4,10 +4,11 @@ import datetime
 
 import torch
 
-from .contestants import backends, disagreement, enter
+from .agreement import Judge
+from .contestants import backends, differentiated, enter, floats, parts, quiet
 from .floor import Rates
 from .machine import machine, software
-from .memory import peak_extra
+from .memory import peak_extra, saved_extra
 from .report import summarize
 from .timing import TIMERS, interleave
 
@@ -29,24 +30,26 @@ class Bench:
             self.notes.append(text)
 
     def ready(self, case, training: bool, arguments: dict) -> tuple[dict, dict]:
-        """Contestants that agree with eager, as calls for the timer, and the memory they take; failures become notes."""
-        grad_y, calls, memory, expected = None, {}, {}, None
+        """Contestants that agree with eager, and parts of the op, as calls for the timer, and the memory that contestants take;
+        failures become notes."""
+        grad_y, calls, memory, judge = None, {}, {}, Judge(quiet(self.op, self.spec, arguments))
+        held = list(floats(arguments).values())
         for name, contestant in enter(self.op, self.spec, arguments, self.device, self.compile_modes).items():
             ours = name == "eager" or name in backends(self.spec, arguments, self.device)
             try:
                 if training and grad_y is None:
                     grad_y = torch.randn_like(contestant.forward())
-                results = contestant.results(grad_y)
-                expected = expected or results
-                if wrong := disagreement(results, expected):
+                if wrong := judge.fault(contestant, grad_y):
                     raise RuntimeError(wrong)
                 calls[name] = self.timer.prepare(contestant.call(grad_y))
-                if not training:
-                    memory[name] = peak_extra(contestant.forward, self.device)
+                forward = contestant.forward
+                memory[name] = saved_extra(forward, held) if training else peak_extra(forward, self.device)
             except Exception as error:
                 if ours:
                     raise RuntimeError(f"{self.op} {case.name} {name}: {error}") from error
                 self.note(f"{case.name}: {name} is left out: {str(error).splitlines()[0]}")
+        for name, part in parts(self.op, arguments).items():
+            calls[name] = self.timer.prepare(part.call(grad_y))
         return calls, memory
 
     def measure(self, case, direction: str) -> None:
@@ -54,20 +57,21 @@ class Bench:
         torch._dynamo.reset()  # each shape gets code of its own, and no guards of the ones before it
         torch.manual_seed(0)
         arguments = case.make(self.dtype, str(self.device))
-        for value in arguments.values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                value.requires_grad_(training)
+        for value in differentiated(self.spec, arguments).values():
+            value.requires_grad_(training)
         with torch.set_grad_enabled(training):
             calls, memory = self.ready(case, training, arguments)
             bytes_ = case.bytes(self.dtype.itemsize)
             timings = interleave({**calls, **self.rates.calls(bytes_, self.timer)}, self.timer, self.seconds)
-        floor = self.rates.floor(case.flops, timings, training)
+        floor = self.rates.floor(case, timings, training)
         self.rows.append({
             "case": case.name, "direction": direction, "flops": case.flops, "bytes": bytes_,
             "floor_us": round(floor.seconds * 1e6, 3), "bound": floor.bound,
             "mm_gflops": round(self.rates.flops / timings["mm"].median / 1e9, 1),
             "copy_gbps": round(bytes_ / timings["copy"].median / 1e9, 2),
-            "times": {name: timings[name].json() for name in calls}, "peak_bytes": memory,
+            "times": {name: timings[name].json() for name in memory},
+            "parts": {name: timings[name].json() for name in calls if name not in memory},
+            "saved_bytes" if training else "peak_bytes": memory,
         })  # fmt: skip
 
     def section(self, checked: bool, complete: bool) -> dict:

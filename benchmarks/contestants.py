@@ -1,4 +1,4 @@
-"""The calls that are measured against each other in one row: the same arguments, the same outputs, checked before timing."""
+"""The calls that are measured against each other in one row: the same arguments, the same outputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .peers import BY_HAND, PEERS
+from .peers import BY_HAND, PARTS, PEERS
 
 BACKENDS = ("native", "triton")
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are the timer's business
-# Relative l2 distance from plain PyTorch: enough to see that two calls compute the same thing; correctness is the tests' part.
-SAME = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def floats(arguments: dict) -> dict[str, Tensor]:
@@ -51,6 +49,11 @@ class Contestant:
         return {"y": y.detach(), **dict(zip(self.inputs, torch.autograd.grad(y, list(self.inputs.values()), grad_y)))}
 
 
+def differentiated(spec, arguments: dict) -> dict[str, Tensor]:
+    """What a training step differentiates."""
+    return {name: tensor for name, tensor in floats(arguments).items() if name not in spec.frozen}
+
+
 def backends(spec, arguments: dict, device: torch.device) -> list[str]:
     """The kernels of this package that can run the call here; Triton's interpreter isn't one."""
     names = [b for b in BACKENDS if not (b == "triton" and device.type == "cpu")]
@@ -59,25 +62,30 @@ def backends(spec, arguments: dict, device: torch.device) -> list[str]:
 
 def enter(name: str, spec, arguments: dict, device: torch.device, compile_modes: list[str]) -> dict[str, Contestant]:
     """Everything that can compute the op for these arguments."""
-    by_hand, found = BY_HAND.get(name, spec.reference), {}
-    tensors = floats(arguments)
-    found["eager"] = Contestant(partial(by_hand, **arguments), tensors)
+    tensors = differentiated(spec, arguments)
+    built = {peer: build(arguments) for peer, build in PEERS.get(name, {}).items()}
+    plain = {peer: Contestant(*call) for peer, call in built.items() if call is not None}
+    by_hand = partial(BY_HAND.get(name, spec.reference), **arguments)
+    found = {"eager": Contestant(by_hand, tensors)}
     for mode in compile_modes:
-        compiled = torch.compile(by_hand, fullgraph=True, dynamic=False, mode=COMPILE_MODES[mode])
-        found["compiled" if mode == "default" else mode] = Contestant(partial(compiled, **arguments), tensors)
+        label, options = "compiled" if mode == "default" else mode, {"dynamic": False, "mode": COMPILE_MODES[mode]}
+        found[label] = Contestant(torch.compile(by_hand, fullgraph=True, **options), tensors)
+        plain |= {
+            f"{label} {peer}": Contestant(torch.compile(plain[peer].forward, **options), plain[peer].inputs)
+            for peer in built if peer in plain
+        }  # fmt: skip
     for backend in backends(spec, arguments, device):
         found[backend] = Contestant(partial(spec.op, **arguments, backend=backend), tensors)
-    for peer, build in PEERS.get(name, {}).items():
-        if built := build(arguments):
-            found[peer] = Contestant(*built)
-    return found
+    return {**found, **plain}
 
 
-def disagreement(results: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """What differs from plain PyTorch by more than rounding, or None."""
-    for name, value in results.items():
-        a, b = value.double(), expected[name].double()
-        distance = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
-        if not distance <= SAME[value.dtype]:
-            return f"{'output' if name == 'y' else 'gradient of ' + name} differs from eager by {distance:.1e}"
-    return None
+def parts(name: str, arguments: dict) -> dict[str, Contestant]:
+    """Calls that compute less than the op: what it would cost without the adapter."""
+    return {part: Contestant(*build(arguments)) for part, build in PARTS.get(name, {}).items()}
+
+
+def quiet(name: str, spec, arguments: dict) -> Contestant | None:
+    """Plain PyTorch without what makes these arguments' results random; None if nothing does."""
+    edits = {argument: value for argument, value in spec.quiet if argument in arguments}
+    by_hand = partial(BY_HAND.get(name, spec.reference), **{**arguments, **edits})
+    return Contestant(by_hand, differentiated(spec, arguments)) if edits else None

@@ -6,9 +6,8 @@ import torch
 
 from .timing import Call, Timing, WallTimer
 
-# A training step has two products of backward for each one of forward, not counting what is computed again; and it reads x,
-# writes y, reads x and grad_y, writes grad_x: five passes for the two of forward.
-TRAINING_FLOPS, TRAINING_BYTES = 3.0, 2.5
+# A training step reads x, writes y, reads x and grad_y, writes grad_x: five passes for the two of forward.
+TRAINING_BYTES = 2.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Rates:
         source = torch.ones(max(1, bytes_ // 2 // self.dtype.itemsize), dtype=self.dtype, device=self.device)
         return {"mm": self.mm, "copy": timer.prepare(source.clone)}
 
-    def floor(self, flops: int, timings: dict[str, Timing], training: bool) -> Floor:
-        arithmetic = flops * (TRAINING_FLOPS if training else 1) * timings["mm"].median / self.flops
+    def floor(self, case, timings: dict[str, Timing], training: bool) -> Floor:
+        backward = 2 * case.flops if case.backward_flops is None else case.backward_flops
+        arithmetic = (case.flops + training * backward) * timings["mm"].median / self.flops
         traffic = timings["copy"].median * (TRAINING_BYTES if training else 1)
         return Floor(max(arithmetic, traffic), "flops" if arithmetic > traffic else "bytes")

@@ -1,7 +1,8 @@
-"""Peak memory that a call takes beyond what is held before it, its output included."""
+"""Memory that a call takes beyond what is held before it: at its peak, its output included, and saved for backward."""
 
 import contextlib
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -31,6 +32,23 @@ def _peak_on_cpu(call: Call) -> int:
         peak = max(peak, held)
     del output
     return peak
+
+
+def saved_extra(call: Call, held: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd saves, each memory once, without that of ``held``."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    del output
+    for tensor in held:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
 
 
 def peak_extra(call: Call, device: torch.device) -> int:

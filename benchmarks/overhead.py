@@ -5,15 +5,18 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from tests.specs.bottleneck import make as make_bottleneck
+from tests.specs import bottleneck, lora_linear
 
-from .contestants import backends, floats
+from .contestants import backends, differentiated, floats
 from .report import print_rows
 from .timing import WallTimer, interleave
 
 D = 64
 # Arguments of a call with one row of width D.
-SMALLEST = {"bottleneck": partial(make_bottleneck, shape=(1, D), r=8)}
+SMALLEST = {
+    "bottleneck": partial(bottleneck.make, shape=(1, D), r=8),
+    "lora_linear": partial(lora_linear.make, shape=(1, D), n=D, r=8),
+}  # fmt: skip
 SETTINGS = {"no grad": (False, False), "grad, forward": (True, False), "grad, forward+backward": (True, True)}
 
 
@@ -21,10 +24,10 @@ def enter(op: str, spec, device: torch.device, recorded: bool) -> dict[str, tupl
     """Calls that return an output, each with the tensors that a training step differentiates."""
     arguments = SMALLEST[op](torch.float32, str(device))
     linear = {"input": arguments["x"], "weight": torch.randn(D, D, device=device), "bias": torch.randn(D, device=device)}
-    for tensor in (*floats(arguments).values(), *floats(linear).values()):
+    inputs = list(differentiated(spec, arguments).values())
+    for tensor in (*inputs, *floats(linear).values()):
         tensor.requires_grad_(recorded)
     found = {"F.linear": (partial(F.linear, **linear), list(linear.values()))}
-    inputs = list(floats(arguments).values())
     found[op] = (partial(spec.op, **arguments), inputs)
     found |= {f"{op}, {b}": (partial(spec.op, **arguments, backend=b), inputs) for b in backends(spec, arguments, device)}
     return found

@@ -17,6 +17,13 @@ def bottleneck_by_hand(x, down_weight, up_weight, *, down_bias, up_bias, residua
     return residual + scale * F.linear(hidden, up_weight, up_bias)
 
 
+def hold(module: nn.Module, name: str, tensor: Tensor | None) -> nn.Parameter | None:
+    """Make ``tensor`` the parameter ``name`` of a module, without a copy."""
+    parameter = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    setattr(module, name, parameter)
+    return parameter
+
+
 def bottleneck_of_adapters(arguments: dict) -> tuple | None:
     """The module of the library ``adapters``, holding the same tensors."""
     a = arguments
@@ -32,18 +39,54 @@ def bottleneck_of_adapters(arguments: dict) -> tuple | None:
     r, d = a["down_weight"].shape
     module = Adapter("peer", d, r, SeqBnConfig(scaling=a["scale"]))
     linears = {"down": module.adapter_down[0], "up": module.adapter_up}
-    inputs = {"x": a["x"]}
-    for side, linear in linears.items():
-        for kind in ("weight", "bias"):
-            tensor = a[f"{side}_{kind}"]
-            parameter = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-            setattr(linear, kind, parameter)
-            inputs[f"{side}_{kind}"] = parameter
+    names = {f"{side}_{kind}": (linear, kind) for side, linear in linears.items() for kind in ("weight", "bias")}
+    inputs = {"x": a["x"], **{name: hold(*place, a[name]) for name, place in names.items()}}
     if a["residual"] is not a["x"]:
         inputs["residual"] = a["residual"]
     return lambda: module(a["x"], a["residual"])[0], inputs
 
 
+def lora_by_hand(x, weight, bias, lora_a, lora_b, *, scale, dropout_p=0.0, magnitude=None):
+    branch = scale * F.linear(F.linear(F.dropout(x, dropout_p), lora_a), lora_b)
+    if magnitude is None:
+        return F.linear(x, weight, bias) + branch
+    norm = (weight + scale * lora_b @ lora_a).norm(dim=1).detach()
+    return magnitude / norm * (F.linear(x, weight) + branch) + bias
+
+
+def layer_of_peft(arguments: dict) -> tuple | None:
+    """The layer of the library ``peft`` in training, holding the same tensors."""
+    a = arguments
+    known = {"x", "weight", "bias", "lora_a", "lora_b", "scale", "dropout_p", "magnitude"}
+    if not set(a) <= known or not isinstance(a["scale"], float):
+        return None
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return None
+
+    (r, k), n, dora = a["lora_a"].shape, a["weight"].shape[0], "magnitude" in a
+    model = nn.ModuleDict({"target": nn.Linear(k, n)})
+    config = LoraConfig(
+        r=r, lora_alpha=a["scale"] * r, lora_dropout=a.get("dropout_p", 0.0), use_dora=dora, target_modules=["target"]
+    )
+    layer = get_peft_model(model, config).base_model.model["target"].train()
+    for name in ("weight", "bias"):
+        hold(layer.base_layer, name, a[name])
+    places = {"lora_a": layer.lora_A, "lora_b": layer.lora_B, **({"magnitude": layer.lora_magnitude_vector} if dora else {})}
+    inputs = {"x": a["x"], **{name: hold(place["default"], "weight", a[name]) for name, place in places.items()}}
+    return lambda: layer(a["x"]), inputs
+
+
+def frozen_layer(arguments: dict) -> tuple:
+    x, weight, bias = (arguments[name] for name in ("x", "weight", "bias"))
+    return lambda: F.linear(x, weight, bias), {"x": x}
+
+
 # How users write an op in plain PyTorch, for the benchmark's arguments; an op that isn't here uses its reference.
-BY_HAND: dict[str, Callable] = {"bottleneck": bottleneck_by_hand}
-PEERS: dict[str, dict[str, Peer]] = {"bottleneck": {"adapters": bottleneck_of_adapters}}
+BY_HAND: dict[str, Callable] = {"bottleneck": bottleneck_by_hand, "lora_linear": lora_by_hand}
+PEERS: dict[str, dict[str, Peer]] = {
+    "bottleneck": {"adapters": bottleneck_of_adapters}, "lora_linear": {"peft": layer_of_peft},
+}  # fmt: skip
+# What is left of an op without its adapter: like a peer, with another output. The time over it is what the adapter costs.
+PARTS: dict[str, dict[str, Peer]] = {"lora_linear": {"frozen layer": frozen_layer}}

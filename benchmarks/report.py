@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 OURS = ("native", "triton")
-BARRIER = 0.97  # a row below this share of the better of eager and compiled is named
+BARRIER = 0.97  # a row below this share of the fastest of the others is named
 
 
 def baselines(row: dict) -> list[str]:
@@ -21,12 +22,31 @@ def ratio(row: dict, ours: str, other: str) -> float:
 
 
 def against_best(row: dict, ours: str) -> float:
-    """The ratio to the fastest plain PyTorch, compiled or not."""
-    return min(ratio(row, ours, name) for name in ("eager", "compiled", "max-autotune") if name in row["times"])
+    """The ratio to the fastest of the others, compiled or not."""
+    return min(ratio(row, ours, name) for name in baselines(row))
+
+
+def memory(row: dict) -> dict[str, int]:
+    """Bytes at the peak of forward, or saved for backward."""
+    return row["saved_bytes"] if "saved_bytes" in row else row["peak_bytes"]
+
+
+def over_part(row: dict, ours: str, part: str) -> float:
+    """How much longer than a part of the call alone: 0.1 is a tenth."""
+    return row["times"][ours]["us"] / row["parts"][part]["us"] - 1
 
 
 def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def groups(rows: list[dict], prefix: str) -> dict[str, list[dict]]:
+    """The rows by that part of the case's name which is a number behind ``prefix``; those without one under "others"."""
+    found = {}
+    for row in rows:
+        matches = (re.fullmatch(rf"{re.escape(prefix)}[\d.]+", part) for part in row["case"].split("-"))
+        found.setdefault(next((m[0] for m in matches if m), "others"), []).append(row)
+    return found
 
 
 def _columns(rows: list[dict]) -> tuple[list[str], list[str]]:
@@ -41,54 +61,71 @@ def print_rows(table: list[list[str]]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Microseconds of everyone; for each kernel its speed-ups, its share of the floor and the peak memory of its forward."""
+    """Microseconds of everyone; for each kernel its speed-ups, what it takes over parts of the call alone, its share of the
+    floor, and the peak memory of its forward or what it saves for backward."""
     others, ours = _columns(rows)
-    head = ["case", *others]
+    parts = list(dict.fromkeys(name for row in rows for name in row["parts"]))
+    head = ["case", *others, *parts]
     for name in ours:
-        head += [f"{name} µs", *(f"x {other}" for other in others), "% floor", "MiB"]
+        head += [f"{name} µs", *(f"x {other}" for other in others), *(f"% over {part}" for part in parts), "% floor", "MiB"]
     head += ["floor µs", "bound"]
     table = [head]
     for row in rows:
         times = row["times"]
-        line = [row["case"], *(f"{times[n]['us']:.1f}" if n in times else "-" for n in others)]
+        both = {**times, **row["parts"]}
+        line = [row["case"], *(f"{both[n]['us']:.1f}" if n in both else "-" for n in (*others, *parts))]
         for name in ours:
             if name not in times:
-                line += ["-"] * (len(others) + 3)
+                line += ["-"] * (len(others) + len(parts) + 3)
                 continue
             line.append(f"{times[name]['us']:.1f}")
             line += [f"{ratio(row, name, n):.2f}" if n in times else "-" for n in others]
-            peak = row["peak_bytes"].get(name)
-            line += [f"{100 * row['floor_us'] / times[name]['us']:.0f}", "-" if peak is None else f"{peak / 2**20:.2f}"]
+            line += [f"{100 * over_part(row, name, part):.1f}" if part in row["parts"] else "-" for part in parts]
+            line += [f"{100 * row['floor_us'] / times[name]['us']:.0f}", f"{memory(row)[name] / 2**20:.2f}"]
         table.append([*line, f"{row['floor_us']:.1f}", row["bound"]])
     print_rows(table)
 
 
 def summarize(rows: list[dict]) -> dict:
-    """For each kernel: geometric means over the rows that have both, and the rows that lose to plain PyTorch."""
+    """For each kernel: means and lowest ratios over the rows that have both, and the rows that lose to any other."""
     others, ours = _columns(rows)
+    parts = list(dict.fromkeys(name for row in rows for name in row["parts"]))
     summary = {}
     for name in ours:
         mine = [row for row in rows if name in row["times"]]
-        means = {}
+        means, lowest, shares, costs = {}, {}, {}, {}
         for other in others:
             if both := [row for row in mine if other in row["times"]]:
                 means[other] = round(geometric_mean(ratio(row, name, other) for row in both), 3)
+                lowest[other] = round(min(ratio(row, name, other) for row in both), 3)
+                theirs = sum(memory(row)[other] for row in both)
+                shares[other] = round(sum(memory(row)[name] for row in both) / theirs, 3) if theirs else None
+        for part in parts:
+            over = {row["case"]: over_part(row, name, part) for row in mine if part in row["parts"]}
+            highest = max(over, key=over.get)
+            mean = geometric_mean(1 + value for value in over.values()) - 1
+            costs[part] = {"geometric_mean": round(mean, 3), "highest": round(over[highest], 3), "case": highest}
         summary[name] = {
-            "geometric_mean_over": means,
+            "geometric_mean_over": means, "lowest_over": lowest, "share_of_memory": shares, "over_parts": costs,
             "geometric_mean_of_floor": round(geometric_mean(row["floor_us"] / row["times"][name]["us"] for row in mine), 3),
             "rows": len(mine),
             "below": {row["case"]: round(v, 3) for row in mine if (v := against_best(row, name)) < BARRIER},
-        }
+        }  # fmt: skip
     return summary
 
 
 def print_summary(summary: dict) -> None:
     for name, found in summary.items():
-        means = ", ".join(f"{mean:.2f} x {other}" for other, mean in found["geometric_mean_over"].items())
+        lowest, shares = found["lowest_over"], found["share_of_memory"]
+        means = ", ".join(f"{mean:.2f} x {o} (lowest {lowest[o]:.2f})" for o, mean in found["geometric_mean_over"].items())
         floor = 100 * found["geometric_mean_of_floor"]
         print(f"{name}: geometric mean {means}; {floor:.0f} % of the floor ({found['rows']} rows)")
+        for part, cost in found["over_parts"].items():
+            mean, highest = (f"{100 * cost[key]:.1f} %" for key in ("geometric_mean", "highest"))
+            print(f"  over the {part} alone: {mean} (geometric mean), at most {highest} ({cost['case']})")
+        print(f"  memory: {', '.join(f'{share:.2f} of {other}' for other, share in shares.items() if share is not None)}")
         below = ", ".join(f"{case} {value:.2f}" for case, value in found["below"].items())
-        print(f"  below {BARRIER} of the better of eager and compiled: {below or 'none'}")
+        print(f"  below {BARRIER} of the fastest of the others: {below or 'none'}")
 
 
 def write_json(path: Path, sections: dict) -> None:

@@ -15,7 +15,7 @@ from tests.specs import SPECS
 
 from .bench import DIRECTIONS, Bench
 from .machine import cores, machine, machine_name, software
-from .report import plot, print_summary, print_table, write_json
+from .report import groups, plot, print_summary, print_table, summarize, write_json
 from .timing import TIMERS
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
     parser.add_argument("--shapes", nargs="+", metavar="PARTS", help="only cases with these parts: m512,r8 means both")
+    parser.add_argument("--by", metavar="LETTER", help="one more summary for each value of this part of the names: r, p, m")
     parser.add_argument("--quick", action="store_true", help="about six cases, spread over all, and less time for each")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--forward", action="store_const", dest="direction", const="forward", help="forward alone")
@@ -61,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def select(spec, args: argparse.Namespace) -> list:
     """The cases to measure: all, those that ``--shapes`` names, or a few with ``--quick``."""
-    cases = list(getattr(spec, f"bench_{args.device.type}", spec.bench))
+    cases = list(getattr(spec, f"bench_{args.device.type}", ()) or spec.bench)
     if args.shapes:
         parts = lambda case: {*case.name.split("-"), case.name}  # noqa: E731
         cases = [case for case in cases if any(set(text.split(",")) <= parts(case) for text in args.shapes)]
@@ -116,6 +117,9 @@ def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, ch
         print(f"\n{op}, {section['dtype']}, {direction} ({how}); medians in µs, ratios above 1 are speed-ups")
         print_table(rows)
         print_summary(summary)
+        for part, group in groups(rows, args.by).items() if args.by else ():
+            print(f"{part} alone:")
+            print_summary(summarize(group))
     for note in bench.notes:
         print(f"note: {note}")
     return section

@@ -13,6 +13,7 @@ class Case:
     name: str
     make: Callable[[torch.dtype, str], dict]
     flops: int = 0  # of the forward pass
+    backward_flops: int | None = None  # not counting what is computed again; twice those of the forward pass if None
     bytes: Callable[[int], int] | None = None  # compulsory traffic of the forward pass for an item size
 
 
@@ -84,6 +85,8 @@ class OpSpec:
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
     compiled: tuple[Compiled, ...] = ()  # together they reach every entry of the tables of tiles in kernels/
     autocast: tuple = ()  # arguments that autocast casts; the other ones keep their dtype
+    frozen: tuple = ()  # arguments that have no gradient in a training step that is measured
+    quiet: tuple = ()  # (argument, value) pairs: what makes a result random, and for which values it isn't
     dtypes: tuple = (torch.float32, torch.bfloat16, torch.float16)
 
     def output(self, arguments: dict) -> torch.Tensor:

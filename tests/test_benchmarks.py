@@ -1,22 +1,31 @@
 """The benchmark runner on one tiny shape: the record it writes, and that it refuses to report untested kernels."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import report, run
-from benchmarks.contestants import backends, disagreement
+from benchmarks.agreement import Judge, disagreement
+from benchmarks.contestants import Contestant, backends, differentiated, quiet
+from benchmarks.memory import saved_extra
+from benchmarks.peers import lora_by_hand
 
-from .specs.bottleneck import SPEC, bench
+from .specs import bottleneck, lora_linear
 
-TINY = ["bottleneck", "--compile", "none", "--seconds", "0.01", "--device", "cpu", "--threads", str(torch.get_num_threads())]
+CPU = torch.device("cpu")
+OPTIONS = ["--compile", "none", "--seconds", "0.01", "--device", "cpu", "--threads", str(torch.get_num_threads())]
+TINY = ["bottleneck", *OPTIONS]
+PLAIN, RANDOM = bottleneck.bench(4, 16, 2), lora_linear.bench(64, 64, 64, 8, 0.1)
 
 
 @pytest.fixture(autouse=True)
 def one_shape(monkeypatch):
-    monkeypatch.setattr(run, "SPECS", {"bottleneck": replace(SPEC, bench=(bench(4, 16, 2),))})
+    specs = {"bottleneck": replace(bottleneck.SPEC, bench=(PLAIN,)), "lora_linear": replace(lora_linear.SPEC, bench=(RANDOM,))}
+    monkeypatch.setattr(run, "SPECS", specs)
 
 
 def test_the_record_is_complete(tmp_path, capsys):
@@ -25,7 +34,7 @@ def test_the_record_is_complete(tmp_path, capsys):
     assert "the tests of bottleneck were not run" in capsys.readouterr().out
     sections = json.loads(out.read_text())
     assert list(sections) == ["bottleneck float32 wall", "bottleneck bfloat16 wall"]
-    kernels = set(backends(SPEC, bench(4, 16, 2).make(torch.float32, "cpu"), torch.device("cpu")))
+    kernels = set(backends(bottleneck.SPEC, PLAIN.make(torch.float32, "cpu"), CPU))
     for section in sections.values():
         assert section["checked"] is False and section["complete"] and section["notes"] == []
         assert section["software"]["torch"] == torch.__version__ and section["threads"] == torch.get_num_threads()
@@ -35,6 +44,22 @@ def test_the_record_is_complete(tmp_path, capsys):
             assert all(0 < t["low"] <= t["us"] <= t["high"] for t in row["times"].values()) and row["floor_us"] > 0
         output = 4 * 16 * (4 if section["dtype"] == "float32" else 2)
         assert all(peak >= output for peak in section["rows"][0]["peak_bytes"].values())
+
+
+def test_a_random_call_with_frozen_arguments(tmp_path, capsys):
+    """The library's layer agrees in expectation, the frozen layer alone is timed, and what autograd saves is counted."""
+    pytest.importorskip("peft")
+    out = tmp_path / "out.json"
+    assert run.main(["lora_linear", *OPTIONS, "--no-check", "--out", str(out), "--by", "p"]) == 0
+    printed = capsys.readouterr().out
+    assert "% over frozen layer" in printed and printed.count("p0.1 alone:") == 2
+    (section,) = json.loads(out.read_text()).values()
+    forward, step = section["rows"]
+    assert section["notes"] == [] and all({"eager", "peft"} < row["times"].keys() for row in (forward, step))
+    assert list(forward["parts"]) == list(step["parts"]) == ["frozen layer"]
+    # The mask, the input after dropout, and what is between the adapter's two layers; x itself is held anyhow.
+    assert step["saved_bytes"]["eager"] == 4 * (2 * 64 * 64 + 64 * 8)
+    assert step["saved_bytes"]["native"] <= 4 * 64 * 8 + 8
 
 
 def test_sections_of_other_runs_are_kept(tmp_path):
@@ -58,7 +83,7 @@ def test_an_op_without_tests_is_red():
 def test_unknown_op_is_named(capsys):
     with pytest.raises(SystemExit):
         run.main(["lora"])
-    assert "op must be one of bottleneck, got lora" in capsys.readouterr().err
+    assert "op must be one of bottleneck, lora_linear, got lora" in capsys.readouterr().err
 
 
 def test_a_wrong_contestant_is_seen():
@@ -68,14 +93,58 @@ def test_a_wrong_contestant_is_seen():
     assert "output differs" in disagreement({"y": y * float("nan")}, {"y": y})
 
 
+def without_rescaling(x, weight, bias, lora_a, lora_b, *, scale, dropout_p):
+    u = F.linear(torch.where(torch.rand_like(x) < dropout_p, 0.0, x), lora_a)
+    return F.linear(x, weight, bias) + scale * F.linear(u, lora_b)
+
+
+@pytest.mark.parametrize(
+    ("planted", "edit", "message"),
+    [
+        (lora_by_hand, {}, None),
+        (lora_by_hand, {"dropout_p": 0.0}, "output varies by 0.000"),
+        (lora_by_hand, {"dropout_p": 0.25}, "output varies by"),
+        (lora_by_hand, {"scale": 0.55}, r"gradient of lora_a is 1\.[01].. of that without randomness in the mean, and"),
+        (without_rescaling, {}, r"gradient of lora_[ab] is 0\.[89].. of that without"),
+    ],
+)  # fmt: skip
+def test_a_wrong_random_contestant_is_seen(planted, edit, message):
+    arguments = lora_linear.bench(256, 256, 256, 8, 0.1).make(torch.float32, "cpu")
+    tensors = differentiated(lora_linear.SPEC, arguments)
+    assert set(tensors) == {"x", "lora_a", "lora_b"}
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    grad_y = torch.randn(256, 256)
+    judge = Judge(quiet("lora_linear", lora_linear.SPEC, arguments))
+    assert judge.fault(Contestant(lambda: lora_by_hand(**arguments), tensors), grad_y) is None
+    fault = judge.fault(Contestant(lambda: planted(**{**arguments, **edit}), tensors), grad_y)
+    assert fault is None if message is None else re.match(message, fault), fault
+
+
+def test_saved_memory_counts_each_once_and_not_what_is_held():
+    x, weight = torch.randn(8, 16), torch.randn(16, 32, requires_grad=True)
+
+    def call():
+        hidden = (x @ weight).exp()  # saves its output
+        return hidden * hidden.view(32, 8).T.contiguous()  # saves both factors, one of them a copy
+
+    assert saved_extra(call, [x, weight]) == 2 * 8 * 32 * 4
+
+
 def test_summary():
     times = [{"eager": 4.0, "compiled": 1.0, "native": 2.0}, {"eager": 8.0, "compiled": 4.0, "native": 1.0}]
     rows = [
-        {"case": name, "floor_us": 1.0, "times": {who: {"us": us} for who, us in row.items()}} for name, row in zip("01", times)
-    ]
+        {
+            "case": f"m{number}-r8", "floor_us": 1.0, "times": {who: {"us": us} for who, us in row.items()},
+            "parts": {"layer": {"us": 0.8}}, "peak_bytes": {"eager": 300, "compiled": 200, "native": 100},
+        } for number, row in enumerate(times)
+    ]  # fmt: skip
     assert report.summarize(rows) == {
         "native": {
-            "geometric_mean_over": {"eager": 4.0, "compiled": 1.414}, "geometric_mean_of_floor": 0.707, "rows": 2,
-            "below": {"0": 0.5},
+            "geometric_mean_over": {"eager": 4.0, "compiled": 1.414}, "lowest_over": {"eager": 2.0, "compiled": 0.5},
+            "share_of_memory": {"eager": 0.333, "compiled": 0.5},
+            "over_parts": {"layer": {"geometric_mean": 0.768, "highest": 1.5, "case": "m0-r8"}},
+            "geometric_mean_of_floor": 0.707, "rows": 2, "below": {"m0-r8": 0.5},
         }
     }  # fmt: skip
+    assert report.groups(rows, "m") == {"m0": rows[:1], "m1": rows[1:]} and list(report.groups(rows, "p")) == ["others"]

@@ -45,10 +45,17 @@ def case(name, **options):
     return Case(name, partial(make, **options))
 
 
-def bench(m, k, n, r, dropout):
+def unseeded(dtype, device, **options):
+    """As users call: each call draws the seed of its dropout."""
+    return {name: value for name, value in make(dtype, device, **options).items() if name != "dropout_seed"}
+
+
+def bench(m, k, n, r, dropout=0.0, dora=False):
+    frozen, branch = 2 * m * k * n, 2 * m * r * (k + n)
     return Case(
-        f"m{m}-k{k}-n{n}-r{r}-p{dropout}", partial(make, shape=(m, k), n=n, r=r, dropout=dropout),
-        flops=2 * m * k * n + 2 * m * r * (k + n), bytes=lambda item: (m * k + k * n + m * n) * item,
+        f"dora-m{m}-k{k}-n{n}-r{r}" if dora else f"m{m}-k{k}-n{n}-r{r}-p{dropout}",
+        partial(unseeded, shape=(m, k), n=n, r=r, dropout=dropout, dora=dora),
+        flops=frozen + branch, backward_flops=frozen + 2 * branch, bytes=lambda item: (m * k + k * n + m * n) * item,
     )  # fmt: skip
 
 
@@ -228,6 +235,8 @@ COMPILED = (
     compiled(FP16, (17, 769), 71, 7, **ALL, aligned=False),
 )
 SIZES = ((384, 384), (768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 1024))
+# In and out features of the layers of Llama 3.2 1B and Llama 3.1 8B.
+LLAMA = ((2048, 2048), (2048, 512), (2048, 8192), (8192, 2048), (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 SPEC = OpSpec(
     op=lora_linear,
     reference=lora_linear_reference,
@@ -239,9 +248,16 @@ SPEC = OpSpec(
     activations=("x",),
     autocast=("x", "weight", "bias"),
     cases=CASES,
-    bench=tuple(
-        bench(m, k, n, r, p) for (k, n), r, m, p in itertools.product(SIZES, (8, 16, 64), (64, 512, 2048), (0.0, 0.1))
+    bench=(
+        *(bench(m, k, n, r, p) for (k, n), r, m, p in itertools.product(SIZES, (8, 16, 64), (64, 512, 2048), (0.0, 0.1))),
+        *(bench(m, d, d, 16, dora=True) for d, m in itertools.product((768, 2048), (64, 512, 2048))),
     ),
+    bench_cuda=(
+        *(bench(m, k, n, r, p) for (k, n), r, m, p in itertools.product(LLAMA, (8, 16, 64), (512, 8192), (0.0, 0.1))),
+        *(bench(8192, d, d, 16, dora=True) for d in (2048, 4096)),
+    ),
+    frozen=("weight", "bias"),
+    quiet=(("dropout_p", 0.0),),
     bad=BAD,
     numerics=NUMERICS,
     compiled=COMPILED,
