@@ -43,6 +43,6 @@ def program(op: str, sanitizer: str, target: str, edited: Path | None = None) ->
     build = builder(sanitizer)
     flags = ("-I", str(CPU), "-include", str(HERE / "sanitized_scratch.h"))
     paths = [edited if edited and path.name == edited.name else path for path in units(op, target)]
-    objects = [build.compile(path, *flags) for path in paths]
+    objects = [build.compile(path, *flags) for path in (*paths, HERE / "sanitized_products.cpp")]
     others = {suffix for suffix, _ in TARGETS.values()} - {TARGETS[target][0]}
     return Program(build.program(*objects, optional=rf"\d({'|'.join(others)})"), target=target, alignment=1)

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 #if defined(__SANITIZE_ADDRESS__)
@@ -105,6 +106,30 @@ AtenTensorOpaque* empty(std::vector<int64_t> sizes, std::vector<int64_t> strides
   return new AtenTensorOpaque(std::move(t));
 }
 
+bool is_contiguous(const AtenTensorOpaque& t) {
+  int64_t stride = 1;
+  for (size_t d = t.sizes.size(); d-- > 0; stride *= t.sizes[d])
+    if (span(t) && t.sizes[d] > 1 && t.strides[d] != stride) return false;
+  return true;
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return strides;
+}
+
+// The elements of t, in order.
+void copy_elements(const AtenTensorOpaque& t, char* out) {
+  const int64_t item = item_size(t.dtype), bytes = std::accumulate(t.sizes.begin(), t.sizes.end(), item, std::multiplies<>());
+  for (int64_t at = 0; at < bytes; at += item) {
+    int64_t offset = 0, index = at / item;
+    for (size_t d = t.sizes.size(); d-- > 0; index /= t.sizes[d]) offset += index % t.sizes[d] * t.strides[d];
+    std::memcpy(out + at, static_cast<const char*>(t.data) + offset * item, item);
+  }
+}
+
 }  // namespace
 
 StableIValue pass(bool v) { return bits(v); }
@@ -127,9 +152,7 @@ std::vector<AtenTensorOpaque> call(const std::string& leaf, std::vector<StableIV
   std::vector<AtenTensorOpaque> out;
   for (size_t i = 0; i < outputs; i++) {
     std::unique_ptr<AtenTensorOpaque> t(as<AtenTensorOpaque*>(stack[i]));
-    int64_t stride = 1;
-    for (size_t d = t->sizes.size(); d-- > 0; stride *= t->sizes[d])
-      if (span(*t) && t->sizes[d] > 1 && t->strides[d] != stride) throw std::runtime_error(leaf + ": an output is not contiguous");
+    if (!is_contiguous(*t)) throw std::runtime_error(leaf + ": an output is not contiguous");
     out.push_back(*t);
   }
   return out;
@@ -226,6 +249,22 @@ AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, cons
   return 0;
 }
 
+AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle t, bool* out) {
+  *out = is_contiguous(*t);
+  return 0;
+}
+// A storage begins where its tensor does.
+AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle, int64_t* out) {
+  *out = 0;
+  return 0;
+}
+AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle t, int64_t dims, const int64_t* sizes, const int64_t* strides,
+    int64_t offset, AtenTensorHandle* out) {
+  char* data = static_cast<char*>(t->data) + offset * item_size(t->dtype);
+  *out = new AtenTensorOpaque{data, t->dtype, {sizes, sizes + dims}, {strides, strides + dims}, t->memory};
+  return 0;
+}
+
 // --- lists, the dispatcher, threads ----------------------------------------------------------------------------------------
 
 AOTITorchError torch_new_list_reserve_size(size_t, StableListHandle* out) {
@@ -262,19 +301,30 @@ AOTITorchError torch_library_impl(
   return 0;
 }
 
-// aten::new_empty(self, size, dtype, layout, device, pin_memory) is the one operator that the sources call.
-AOTITorchError torch_call_dispatcher(const char* name, const char*, StableIValue* stack, uint64_t) {
-  if (std::string(name) != "aten::new_empty") throw std::runtime_error(std::string("no operator ") + name + " here");
+// The operators that the sources call, by the few arguments that they give.
+AOTITorchError torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack, uint64_t) {
+  const std::string full = std::string(name) + (*overload ? "." : "") + overload;
   std::unique_ptr<AtenTensorOpaque> self(as<AtenTensorOpaque*>(stack[0]));
+  if (full == "aten::transpose.int") {  // (self, dim0, dim1)
+    std::swap(self->sizes.at(as<int64_t>(stack[1])), self->sizes.at(as<int64_t>(stack[2])));
+    std::swap(self->strides.at(as<int64_t>(stack[1])), self->strides.at(as<int64_t>(stack[2])));
+    stack[0] = bits(self.release());
+    return 0;
+  }
+  if (full != "aten::new_empty" && full != "aten::reshape") throw std::runtime_error("no operator " + full + " here");
   std::unique_ptr<StableListOpaque> list(as<StableListOpaque*>(stack[1]));
-  std::unique_ptr<StableIValue> dtype(as<StableIValue*>(stack[2]));
+  std::vector<int64_t> sizes;
+  for (StableIValue item : list->items) sizes.push_back(as<int64_t>(item));
+  if (full == "aten::reshape") {  // (self, shape); always a copy
+    AtenTensorOpaque* out = empty(sizes, contiguous_strides(sizes), self->dtype);
+    copy_elements(*self, static_cast<char*>(out->data));
+    stack[0] = bits(out);
+    return 0;
+  }
+  std::unique_ptr<StableIValue> dtype(as<StableIValue*>(stack[2]));  // (self, size, dtype, layout, device, pin_memory)
   for (int i = 3; i < 6; i++)
     if (stack[i]) throw std::runtime_error("aten::new_empty: only size and dtype are known here");
-  std::vector<int64_t> sizes, strides(list->items.size());
-  for (StableIValue item : list->items) sizes.push_back(as<int64_t>(item));
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  stack[0] = bits(empty(sizes, strides, dtype ? as<int32_t>(*dtype) : self->dtype));
+  stack[0] = bits(empty(sizes, contiguous_strides(sizes), dtype ? as<int32_t>(*dtype) : self->dtype));
   return 0;
 }
 
