@@ -152,7 +152,7 @@ PLANTED = {
     "load-past-the-last-column": (
         "tiles.cuh", "from && column < valid ?", "from && column <= valid ?", {"address": OVERFLOW},
     ),
-    "store-past-the-last-column": ("bottleneck.cuh", "if (left > 1) to[1] =", "to[1] =", {"address": OVERFLOW}),
+    "store-past-the-last-column": ("tiles.cuh", "if (left > 1) to[1] =", "to[1] =", {"address": OVERFLOW}),
     "blocks-write-one-sum": (
         "bottleneck_backward.cuh", "q.hidden_sums[(blockIdx.x * int64_t{2}", "q.hidden_sums[(0 * int64_t{2}", {"thread": RACE},
     ),
@@ -175,8 +175,8 @@ def test_planted_error_is_seen(emulate, tmp_path, error, sanitizer):
     text = (folder / name).read_text()
     assert text.count(good) == 1
     (folder / name).write_text(text.replace(good, bad))
-    source = folder / "bottleneck.cu"  # in one dtype: what costs here is the compiler
-    source.write_text(re.sub(r"plan\((float|f16)\{\}, device\)", "plan(bf16{}, device)", source.read_text()))
+    call = folder / "call.h"  # in one dtype: what costs here is the compiler
+    call.write_text(re.sub(r"plan\((float|f16)\{\}, device\)", "plan(bf16{}, device)", call.read_text()))
     broken = sanitized(sanitizer, "bottleneck", folder) if sanitizer else emulated.module("bottleneck", folder, "-O0")
     arguments = {"shape": (40, 65), "r": 20}
     with pytest.raises((AssertionError, RuntimeError), match=seen_by[sanitizer]):

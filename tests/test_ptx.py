@@ -67,8 +67,9 @@ def cuda_calls():
             for j, dtype in enumerate(spec.dtypes):
                 for k, plan in enumerate(PLANS):
                     for arch in ARCHITECTURES:
-                        # The short run takes each case once, in one dtype and plan or another.
+                        # The short run takes each case, and one of several tiles, once, in one dtype and plan or another.
                         quick = arch == 80 and i % len(spec.dtypes) == j and i % len(PLANS) == k
+                        quick &= case not in spec.tiled[1:]
                         marks = () if quick else pytest.mark.slow
                         what = f"{op}-{case.name}-{name(dtype)}-{plan}-sm_{arch}"
                         yield pytest.param(op, arch, plan, case, dtype, marks=marks, id=what)
@@ -99,6 +100,9 @@ class Planted:
         self.kernels.add(launch.name)
         for outcome in without_each(launch):
             self.outcomes.setdefault((launch.name, hash(launch.ptx), outcome.number), []).append(outcome)
+
+    def instructions(self):
+        return {o.instruction for outcomes in self.outcomes.values() for o in outcomes}
 
     def reported(self):
         return {o.instruction for outcomes in self.outcomes.values() for o in outcomes if o.report}
@@ -137,7 +141,7 @@ def test_cuda_needs_every_barrier_wait_and_fence(on_cuda, op, once):
     for case in [SPECS[op].case("everything")] if once else SPECS[op].planted:
         run(SPECS[op].op, case.make(torch.bfloat16, "cpu"), backend="native")
     assert not planted.missed()
-    assert planted.reported() == {"bar.sync", "bar.warp.sync", "cp.async.wait_group", "cp.async.commit_group"}
+    assert planted.reported() == planted.instructions() >= {"bar.sync", "cp.async.wait_group", "cp.async.commit_group"}
 
 
 PLANTED_IN_TRITON = {  # text of the PTX of a forward kernel, its replacement, and what is said

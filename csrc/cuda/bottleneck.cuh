@@ -1,6 +1,6 @@
 // bottleneck on the GPU: what forward and backward share, and the forward kernel.  Free of torch.
 #pragma once
-#include "rows.cuh"
+#include "bank.cuh"
 
 namespace fastadapt {
 
@@ -120,23 +120,6 @@ __device__ __forceinline__ void write_blocks(float* tile, int row, const float (
   }
 }
 
-// Two neighbours of one row, stored at once where `both` says that they exist and lie on an even element.
-template <class T>
-struct alignas(2 * sizeof(T)) Pair {
-  T first, second;
-};
-
-template <class T>
-__device__ __forceinline__ void store_pair(T* to, float first, float second, bool together, int64_t left) {
-  const Pair<T> pair{from_float<T>(first), from_float<T>(second)};
-  if (together && left > 1) {
-    *reinterpret_cast<Pair<T>*>(to) = pair;
-  } else {
-    if (left > 0) to[0] = pair.first;
-    if (left > 1) to[1] = pair.second;
-  }
-}
-
 template <class T, int BM>
 __device__ void fill_table(const Block<T, BM>& b, const Bottleneck& p, const Tile& tile) {
   for (int i = threadIdx.x; i < BM; i += kThreads) {
@@ -192,7 +175,7 @@ __device__ __forceinline__ void project(float (&acc)[Block<T, BM>::kBlocks][4], 
         const int k0 = static_cast<int>(step) * kDepth;
         load_tile<kDepth>(b.tile_a(stage), BM, depth(k0), d - k0, rows.inner,
             [&](int i) { return b.table->row[i] < 0 ? nullptr : data + offsets[i] + k0 * rows.inner.stride; });
-        load_weight<TRANSPOSED>(b.tile_b(stage), w, weight.row, r0, columns, r, k0, depth(k0), d);
+        load_weight<TRANSPOSED, kN, kDepth>(b.tile_b(stage), w, weight.row, r0, columns, r, k0, depth(k0), d);
       },
       [&](int64_t step, int stage) {
         if (!changed) return;
@@ -285,7 +268,7 @@ __device__ __forceinline__ void expand(const Block<T, BM>& b, const Bottleneck& 
       divide_up(d, kN) * parts,
       [&](int64_t step, int stage) {
         const int n0 = static_cast<int>(step / parts) * kN, part = static_cast<int>(step % parts);
-        load_weight<TRANSPOSED>(b.tile_b(stage), w, weight.row, n0, columns(n0), d, part * kDepth, depth(part), r);
+        load_weight<TRANSPOSED, kN, kDepth>(b.tile_b(stage), w, weight.row, n0, columns(n0), d, part * kDepth, depth(part), r);
         if (extra && part == parts - 1)
           load_tile<kN>(b.tile_a(stage), BM, columns(n0), d - n0, extra->inner, [&](int i) {
             return b.table->row[i] < 0 ? nullptr : static_cast<const T*>(extra->data) + offsets[i] + n0 * extra->inner.stride;

@@ -2,6 +2,7 @@
 // second kernel adds in a fixed order.  No atomics.
 #pragma once
 #include "bottleneck_backward.cuh"
+#include "planes.cuh"
 
 namespace fastadapt {
 
@@ -20,22 +21,10 @@ struct Gradients {
   int weight_is_float;
 };
 
-struct Span {
-  int64_t begin, end;
-};
-
 // The positions of one split of an adapter's rows.
 __device__ __forceinline__ Span split_rows(const Groups& groups, int adapter, int64_t split, int64_t splits, int step) {
-  const int64_t begin = groups.first(adapter), end = groups.first(adapter + 1);
-  const int64_t rows = divide_up(divide_up(end - begin, splits), step) * step;
-  return Span{least(begin + split * rows, end), least(begin + (split + 1) * rows, end)};
+  return split_span(groups.first(adapter), groups.first(adapter + 1), split, splits, step);
 }
-
-template <class T>
-struct Outer {
-  static constexpr int kDepth = Shape<T>::kDepth, kRow = Shape<T>::padded(kN), kTile = kDepth * kRow;
-  static constexpr int kBytes = Shape<T>::kStages * 2 * kTile * sizeof(T);
-};
 
 // One block: 64 channels by 64 ranks of one plane of grad_y.T @ hidden, or of x.T @ grad_z.
 template <class T>
@@ -59,51 +48,30 @@ __global__ void __launch_bounds__(kThreads, 3) bottleneck_bwd_weights_kernel(con
   const T* data = static_cast<const T*>(rows.data);
   const T* work = static_cast<const T*>(is_up ? w.q.hidden : w.q.grad_z);
   const bool sums = is_up && w.grad_y && r0 == 0, normed = !is_up && p.norm_weight.data;
-  const int columns_d = least(round_up(p.d - c0, 16), kN), columns_r = least(round_up(p.r - r0, 16), kN);
-  T* stages = reinterpret_cast<T*>(shared);
-  auto depth = [&](int64_t step) {
-    return static_cast<int>(least<int64_t>(divide_up(span.end - span.begin - step * O::kDepth, 16) * 16, O::kDepth));
-  };
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, live = (columns_r + 7) / 8;
-
   float acc[8][4] = {}, sum[4] = {};
-  pipeline<Shape<T>::kStages>(
-      divide_up(span.end - span.begin, O::kDepth),
-      [&](int64_t step, int stage) {
-        const int64_t begin = span.begin + step * O::kDepth;
-        T* tile = stages + stage * 2 * O::kTile;
-        load_tile<kN>(tile, depth(step), columns_d, p.d - c0, rows.inner, [&](int i) {
-          return begin + i < span.end ? data + rows.offset(p.groups.row(begin + i)) + c0 * rows.inner.stride : nullptr;
-        });
-        load_tile<kN>(tile + O::kTile, depth(step), columns_r, p.r - r0, Inner{1, 1},
-            [&](int i) { return begin + i < span.end ? work + (begin + i) * w.q.work_row + r0 : nullptr; });
-      },
-      [&](int64_t step, int stage) {
+  outer_product<true>(
+      acc, sum, reinterpret_cast<T*>(shared), span,
+      columns(rows.inner, p.d - c0,
+          [&](int64_t position) { return data + rows.offset(p.groups.row(position)) + c0 * rows.inner.stride; }),
+      columns(Inner{1, 1}, p.r - r0, [&](int64_t position) { return work + position * w.q.work_row + r0; }), sums,
+      [&](T* tile, int64_t begin, int depth) {
         if (!normed) return;
-        const float* statistics = w.q.statistics + (span.begin + step * O::kDepth) * 2;
-        const int left = static_cast<int>(least<int64_t>(span.end - span.begin - step * O::kDepth, O::kDepth));
-        change_tile<kN>(stages + stage * 2 * O::kTile, depth(step), columns_d, p.d - c0, rows.inner,
-            [&](float v, int row, int) { return row < left ? (v - statistics[row * 2]) * statistics[row * 2 + 1] : 0.f; });
-      },
-      [&](int64_t step, int stage) {
-        const T* tile = stages + stage * 2 * O::kTile;
-        multiply<8, true, true, true>(acc, sum, tile + warp * 16, O::kRow, tile + O::kTile, O::kRow, depth(step), live, sums);
+        const float* statistics = w.q.statistics + begin * 2;
+        change_tile<kN>(tile, depth, least(round_up(p.d - c0, 16), kN), p.d - c0, rows.inner, [&](float v, int row, int) {
+          return begin + row < span.end ? (v - statistics[row * 2]) * statistics[row * 2 + 1] : 0.f;
+        });
       });
 
-  const int64_t plane = (split * p.groups.g + adapter) * p.d;
+  const int64_t plane = (split * p.groups.g + adapter) * p.d + c0;
   float* out = is_up ? w.up : w.down;
+  outer_elements(acc, [&](int c, int j, float v) {
+    if (c0 + c < p.d && r0 + j < p.r) out[(plane + c) * p.r + r0 + j] = v;
+  });
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int c = c0 + warp * 16 + lane / 4 + half * 8;
-    if (c >= p.d) continue;
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int column = r0 + j * 8 + lane % 4 * 2 + i;
-        if (column < p.r) out[(plane + c) * p.r + column] = acc[j][half * 2 + i];
-      }
-    if (sums && lane % 4 == 0) w.grad_y[plane + c] = sum[half * 2];
+    const int c = warp * 16 + lane / 4 + half * 8;
+    if (sums && lane % 4 == 0 && c0 + c < p.d) w.grad_y[plane + c] = sum[half * 2];
   }
 }
 
@@ -116,25 +84,15 @@ __global__ void __launch_bounds__(kThreads, 4) bottleneck_bwd_sums_kernel(const 
   const int adapter = static_cast<int>(blockIdx.x / tiles / w.sum_splits);
   if (c >= p.d) return;
   const Span span = split_rows(p.groups, adapter, split, w.sum_splits, 1);
-  float sum = 0.f, product = 0.f;
-  for (int64_t begin = span.begin; begin < span.end; begin += 32) {  // sums of sums, as in multiply
-    float part[4] = {}, part_product[4] = {};
-    for (int step = 0; step < 32; step += 4)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (begin + step + i >= span.end) break;
-        const int64_t row = p.groups.row(begin + step + i);
-        const float grad = to_float(static_cast<const T*>(p.other.data)[p.other.offset(row) + c * p.other.inner.stride]);
-        part[i] += grad;
-        if (w.grad_skip)
-          part_product[i] += grad * to_float(static_cast<const T*>(p.x.data)[p.x.offset(row) + c * p.x.inner.stride]);
-      }
-    sum += (part[0] + part[1]) + (part[2] + part[3]);
-    product += (part_product[0] + part_product[1]) + (part_product[2] + part_product[3]);
-  }
+  const float2 sum = sum_rows(span, [&](int64_t position) {
+    const int64_t row = p.groups.row(position);
+    const float grad = to_float(static_cast<const T*>(p.other.data)[p.other.offset(row) + c * p.other.inner.stride]);
+    if (!w.grad_skip) return float2{grad, 0.f};
+    return float2{grad, grad * to_float(static_cast<const T*>(p.x.data)[p.x.offset(row) + c * p.x.inner.stride])};
+  });
   const int64_t at = (split * p.groups.g + adapter) * p.d + c;
-  if (!w.up && w.grad_y) w.grad_y[at] = sum;
-  if (w.grad_skip) w.grad_skip[at] = product;
+  if (!w.up && w.grad_y) w.grad_y[at] = sum.x;
+  if (w.grad_skip) w.grad_skip[at] = sum.y;
 }
 
 // A block for 32 ranks of an adapter: adds the column sums of its tiles of rows; hidden_sums becomes (2, g, r).
@@ -160,20 +118,7 @@ static __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_gradient(void* out, int is_float, int64_t i, float v) {
-  if (is_float) static_cast<float*>(out)[i] = v;
-  else static_cast<T*>(out)[i] = from_float<T>(v);
-}
-
 constexpr int kReduceTile = 32;
-
-__device__ __forceinline__ float add_planes(const float* planes, int64_t splits, int64_t stride) {
-  float sum = 0.f;
-#pragma unroll 4
-  for (int64_t s = 0; s < splits; s++) sum += planes[s * stride];
-  return sum;
-}
 
 // A block for 32 channels of an adapter: grad_up and the channel's part of grad_scale.
 template <class T>

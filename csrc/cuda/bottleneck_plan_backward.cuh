@@ -31,17 +31,6 @@ struct Needs {
   }
 };
 
-// Enough blocks for three on each multiprocessor, but at least `rows` rows a split.
-inline int64_t split_count(int64_t blocks, int64_t m, int64_t rows, const Device& device) {
-  const int64_t most = divide_up(m, rows), splits = divide_up(3 * device.multiprocessors, blocks > 0 ? blocks : 1);
-  return most < 1 ? 1 : least(splits, most);
-}
-
-template <class K, class... A>
-void launch_over(int64_t blocks, K kernel, size_t shared, const Device& device, const A&... arguments) {
-  if (blocks > 0) launch(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, device.stream, arguments...);
-}
-
 template <class T>
 void launch_rows(const Backward& q, int64_t tiles, int tile_rows, const Device& device) {
   if (tile_rows == 64) launch_over(tiles, bottleneck_bwd_rows_kernel<T, 64>, Block<T, 64>::bytes(q.p.r), device, q);
@@ -54,7 +43,7 @@ Gradients launch_planes(const Backward& q, const Needs& needs, const Outputs& o,
   const Bottleneck& p = q.p;
   const int64_t g = p.groups.g, gd = g * p.d;
   auto floats = [&](bool wanted, int64_t n) {
-    return wanted ? static_cast<float*>(device.allocate((n > 0 ? n : 1) * sizeof(float))) : nullptr;
+    return wanted ? static_cast<float*>(device.allocate(n * sizeof(float))) : nullptr;
   };
   Gradients w{};
   w.q = q;
@@ -119,7 +108,7 @@ const char* bottleneck_backward(const Arguments& a, const Outputs& o, const Devi
   q.p.out = o.x.data;
   const Needs needs(o, p);
   const int64_t tiles = tile_count(p, rows), g = p.groups.g;
-  auto allocate = [&](int64_t n, int64_t element) { return device.allocate((n > 0 ? n : 1) * element); };
+  auto allocate = [&](int64_t n, int64_t element) { return device.allocate(n * element); };
   q.needs_z = needs.z, q.needs_grad_z = needs.grad_z;
   q.work_row = divide_up(p.r, Shape<T>::kVector) * Shape<T>::kVector;
   if (needs.up) q.hidden = allocate(p.m * q.work_row, sizeof(T));

@@ -89,17 +89,17 @@ __device__ __forceinline__ void change_tile(T* tile, int rows, int columns, int 
   else own_elements<COLUMNS>(rows, columns, inner.stride != 1, change);
 }
 
-// Loads a weight tile for columns n0.. of the output and depth k0.. of the product.  The matrix is stored (n, k), or (k, n)
-// if TRANSPOSED; `row` is its leading dimension.  Weights are always 16-byte aligned.
-template <bool TRANSPOSED, class T>
+// Loads a weight tile for columns n0.. of the output and depth k0.. of the product, at most N by DEPTH.  The matrix is stored
+// (n, k), or (k, n) if TRANSPOSED; `row` is its leading dimension.  Weights are always 16-byte aligned.
+template <bool TRANSPOSED, int N, int DEPTH, class T>
 __device__ __forceinline__ void load_weight(
     T* tile, const T* weight, int64_t row, int n0, int n_extent, int n, int k0, int k_extent, int k) {
   const Inner inner{1, 1};
   if constexpr (TRANSPOSED)
-    load_tile<kN>(
+    load_tile<N>(
         tile, k_extent, n_extent, n - n0, inner, [&](int i) { return k0 + i < k ? weight + (k0 + i) * row + n0 : nullptr; });
   else
-    load_tile<Shape<T>::kDepth>(
+    load_tile<DEPTH>(
         tile, n_extent, k_extent, k - k0, inner, [&](int i) { return n0 + i < n ? weight + (n0 + i) * row + k0 : nullptr; });
 }
 
@@ -120,65 +120,105 @@ __device__ __forceinline__ float dot_four(const float (&a)[4], const float (&b)[
   return sum;
 }
 
-// acc += a @ b over `depth`, for 16 rows and NI * 8 columns of one warp, of which the first `live` blocks of 8 are wanted.
-// a is stored (m, k), or (k, m) if TRANS_A; b is stored (n, k), or (k, n) if TRANS_B.  With SUM and `sums`, a further product
-// with ones adds the sum of a over the depth to every column of `sum`.  Lane 4*g + t holds rows g and g + 8, columns 2*t and
-// 2*t + 1 of each block.
-template <int NI, bool TRANS_A, bool TRANS_B, bool SUM, class T>
-__device__ __forceinline__ void multiply(
-    float (&acc)[NI][4], float (&sum)[4], const T* a, int row_a, const T* b, int row_b, int depth, int live, bool sums = true) {
+// acc += a @ b over `depth`, for MI * 16 rows and NI * 8 columns of one warp, of which the first `live` blocks of 8 columns are
+// wanted.  a is stored (m, k), or (k, m) if TRANS_A; b is stored (n, k), or (k, n) if TRANS_B.  With SUM and `sums`, a further
+// product with ones adds the sum of a over the depth to every column of `sum`.  Lane 4*g + t holds rows g and g + 8 of 16,
+// columns 2*t and 2*t + 1 of each block.
+template <bool TRANS_A, bool TRANS_B, bool SUM, class T, int MI, int NI>
+__device__ __forceinline__ void multiply_rows(float (&acc)[MI][NI][4], float (&sum)[4], const T* a, int row_a, const T* b,
+    int row_b, int depth, int live, bool sums = true) {
+  static_assert(MI == 1 || !SUM);
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
     for (int k = 0; k < depth; k += 16) {
-      uint32_t fa[4];
-      ldmatrix_x4<TRANS_A>(fa,
-          TRANS_A ? a + (k + lane / 16 * 8 + lane % 8) * row_a + lane / 8 % 2 * 8 : a + lane % 16 * row_a + k + lane / 16 * 8);
+      uint32_t fa[MI][4];
+#pragma unroll
+      for (int i = 0; i < MI; i++)
+        ldmatrix_x4<TRANS_A>(fa[i],
+            TRANS_A ? a + (k + lane / 16 * 8 + lane % 8) * row_a + i * 16 + lane / 8 % 2 * 8
+                    : a + (i * 16 + lane % 16) * row_a + k + lane / 16 * 8);
 #pragma unroll
       for (int j = 0; j < NI; j += 2) {
         if (j >= live) break;
         uint32_t fb[4];
         ldmatrix_x4<TRANS_B>(fb, TRANS_B ? b + (k + lane % 16) * row_b + j * 8 + lane / 16 * 8
                                          : b + (j * 8 + lane / 16 * 8 + lane % 8) * row_b + k + lane / 8 % 2 * 8);
-        mma_m16n8k16<T>(acc[j], fa, fb[0], fb[1]);
-        mma_m16n8k16<T>(acc[j + 1], fa, fb[2], fb[3]);
+#pragma unroll
+        for (int i = 0; i < MI; i++) {
+          mma_m16n8k16<T>(acc[i][j], fa[i], fb[0], fb[1]);
+          mma_m16n8k16<T>(acc[i][j + 1], fa[i], fb[2], fb[3]);
+        }
       }
       if constexpr (SUM)
-        if (sums) mma_m16n8k16<T>(sum, fa, kOnes, kOnes);
+        if (sums) mma_m16n8k16<T>(sum, fa[0], kOnes, kOnes);
     }
   } else {
     // Sums of sums of four: one float32 sum over the whole depth would err more than PyTorch's.  The extra additions are free,
     // this loop waits for shared memory.
     const int g = lane / 4, t = lane % 4 * 2;
-    float part[NI][4] = {}, sums_upper[4] = {}, sums_lower[4] = {};
+    float part[MI][NI][4] = {}, sums_upper[4] = {}, sums_lower[4] = {};
     for (int k = 0; k < depth; k += 4) {
-      float upper[4], lower[4];
-      load_four<TRANS_A>(upper, a, row_a, g, k);
-      load_four<TRANS_A>(lower, a, row_a, g + 8, k);
+      float upper[MI][4], lower[MI][4];
+#pragma unroll
+      for (int i = 0; i < MI; i++) {
+        load_four<TRANS_A>(upper[i], a, row_a, i * 16 + g, k);
+        load_four<TRANS_A>(lower[i], a, row_a, i * 16 + g + 8, k);
+      }
 #pragma unroll
       for (int j = 0; j < NI; j++) {
         if (j >= live) break;
         float left[4], right[4];
         load_four<TRANS_B>(left, b, row_b, j * 8 + t, k);
         load_four<TRANS_B>(right, b, row_b, j * 8 + t + 1, k);
-        part[j][0] += dot_four(upper, left);
-        part[j][1] += dot_four(upper, right);
-        part[j][2] += dot_four(lower, left);
-        part[j][3] += dot_four(lower, right);
+#pragma unroll
+        for (int i = 0; i < MI; i++) {
+          part[i][j][0] += dot_four(upper[i], left);
+          part[i][j][1] += dot_four(upper[i], right);
+          part[i][j][2] += dot_four(lower[i], left);
+          part[i][j][3] += dot_four(lower[i], right);
+        }
       }
       if constexpr (SUM)
         for (int i = 0; i < 4; i++) {
-          sums_upper[i] += upper[i];
-          sums_lower[i] += lower[i];
+          sums_upper[i] += upper[0][i];
+          sums_lower[i] += lower[0][i];
         }
     }
 #pragma unroll
-    for (int j = 0; j < NI; j++)
-      for (int i = 0; i < 4; i++) acc[j][i] += part[j][i];
+    for (int i = 0; i < MI; i++)
+#pragma unroll
+      for (int j = 0; j < NI; j++)
+        for (int e = 0; e < 4; e++) acc[i][j][e] += part[i][j][e];
     if constexpr (SUM) {
       sum[0] += (sums_upper[0] + sums_upper[1]) + (sums_upper[2] + sums_upper[3]);
       sum[2] += (sums_lower[0] + sums_lower[1]) + (sums_lower[2] + sums_lower[3]);
     }
+  }
+}
+
+// The same for 16 rows.
+template <int NI, bool TRANS_A, bool TRANS_B, bool SUM, class T>
+__device__ __forceinline__ void multiply(
+    float (&acc)[NI][4], float (&sum)[4], const T* a, int row_a, const T* b, int row_b, int depth, int live, bool sums = true) {
+  multiply_rows<TRANS_A, TRANS_B, SUM>(
+      reinterpret_cast<float (&)[1][NI][4]>(acc), sum, a, row_a, b, row_b, depth, live, sums);
+}
+
+// Two neighbours of one row, stored at once where `both` says that they exist and lie on an even element.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float first, float second, bool together, int64_t left) {
+  const Pair<T> pair{from_float<T>(first), from_float<T>(second)};
+  if (together && left > 1) {
+    *reinterpret_cast<Pair<T>*>(to) = pair;
+  } else {
+    if (left > 0) to[0] = pair.first;
+    if (left > 1) to[1] = pair.second;
   }
 }
 

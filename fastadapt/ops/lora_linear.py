@@ -255,6 +255,10 @@ def lora_linear(
     Returns:
         ``(..., n)``, contiguous, dtype of ``x``; products accumulate in float32 (float64 for float64).
 
+    Rounding, with a 16-bit ``x``: the output and the gradients once, at their end. Matrix units (every GPU backend) also round
+    what they multiply to the dtype of ``x``: float32 parameters, ``scale * diagonal * u``; in backward ``gain * grad_y``, and
+    the gradient of ``u``. The rows of ``y`` don't depend on each other.
+
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.

@@ -6,10 +6,10 @@ HEADERS = "csrc/cuda/"
 TILES, ROWS, FWD = HEADERS + "tiles.cuh", HEADERS + "rows.cuh", HEADERS + "bottleneck.cuh"
 BWD, GRADIENTS = HEADERS + "bottleneck_backward.cuh", HEADERS + "bottleneck_gradients.cuh"
 PLAN, PLAN_BWD = HEADERS + "bottleneck_plan.cuh", HEADERS + "bottleneck_plan_backward.cuh"
-CU = HEADERS + "bottleneck.cu"
+CALL, BANK, PLANES = HEADERS + "call.h", HEADERS + "bank.cuh", HEADERS + "planes.cuh"
 # What costs here is the compiler: one dtype is enough.
-ONLY_BFLOAT16 = tuple((CU, f"plan({other}{{}}, device)", "plan(bf16{}, device)") for other in ("float", "f16"))
-ONLY_FLOAT32 = tuple((CU, f"plan({other}{{}}, device)", "plan(float{}, device)") for other in ("bf16", "f16"))
+ONLY_BFLOAT16 = tuple((CALL, f"plan({other}{{}}, device)", "plan(bf16{}, device)") for other in ("float", "f16"))
+ONLY_FLOAT32 = tuple((CALL, f"plan({other}{{}}, device)", "plan(float{}, device)") for other in ("bf16", "f16"))
 KEPT = ("tests.mutants.objects_plugin",)
 
 
@@ -66,7 +66,7 @@ MUTANTS = (
     ),
     Mutant(
         "a pair stored where one column is left", "store out of bounds", {ADDRESSES: "heap-buffer-overflow"},
-        [(FWD, "if (left > 1) to[1] = pair.second;", "to[1] = pair.second;")],
+        [(TILES, "if (left > 1) to[1] = pair.second;", "to[1] = pair.second;")],
     ),
     Mutant(
         "depth of the weights unmasked", "tail of the product unmasked", {ADDRESSES: "heap-buffer-overflow"},
@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant(
         "rows of any stride copied by 16 bytes", "alignment assumed", {STRIDES: "align"},
         [(
-            PLAN,
+            HEADERS + "plan.cuh",
             "yes &= array.size[i] == 1 || array.stride[i] * element % 16 == 0;",
             "yes &= array.size[i] == 1 || array.stride[i] > 0;",
         )],
@@ -141,7 +141,7 @@ MUTANTS = (
     ),
     Mutant(
         "no adapter taken for the first", "id -1 not honoured", {EXACT_BANK: OUTPUT},
-        [(ROWS, "return id == -1 ? g : id >= 0", "return id == -1 ? 0 : id >= 0")],
+        [(BANK, "return id == -1 ? g : id >= 0", "return id == -1 ? 0 : id >= 0")],
     ),
     Mutant(
         "sums of grad_z only for the biases", "gradient mask ignored", {ALONE: ANY + "|Fatal|Segmentation"},
@@ -155,16 +155,16 @@ MUTANTS = (
         "planes of adapters without rows left unwritten", "uninitialised memory", {EXACT_BANK: "integers: .* differs"},
         [(
             GRADIENTS,
-            "        if (column < p.r) out[(plane + c)",
-            "        if (column < p.r && span.begin < span.end) out[(plane + c)",
+            "    if (c0 + c < p.d && r0 + j < p.r) out[",
+            "    if (c0 + c < p.d && r0 + j < p.r && span.begin < span.end) out[",
         )],
     ),
     Mutant(
         "sums of grad_y in 16 bits", "sum in 16 bits", {ALONE_FLOAT32: GRAD.format("up_bias")},
         [(
-            GRADIENTS,
-            "    sum += (part[0] + part[1]) + (part[2] + part[3]);\n",
-            "    sum = to_float(from_float<bf16>(sum + (part[0] + part[1]) + (part[2] + part[3])));\n",
+            PLANES,
+            "    sum.x += (part[0].x + part[1].x) + (part[2].x + part[3].x);\n",
+            "    sum.x = to_float(from_float<bf16>(sum.x + (part[0].x + part[1].x) + (part[2].x + part[3].x)));\n",
         )],
     ),
     Mutant(
@@ -172,8 +172,8 @@ MUTANTS = (
         [(
             TILES,
             "      if constexpr (SUM)\n        if (sums) mma",
-            "      for (auto& block : acc)\n        for (float& v : block) v = to_float(from_float<T>(v));\n      if "
-            "constexpr (SUM)\n        if (sums) mma",
+            "      for (auto& blocks : acc)\n        for (auto& block : blocks)\n          for (float& v : block) v = "
+            "to_float(from_float<T>(v));\n      if constexpr (SUM)\n        if (sums) mma",
         )],
     ),
     Mutant(

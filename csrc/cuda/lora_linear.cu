@@ -1,0 +1,98 @@
+// lora_linear, key CUDA: checks what protects memory and hands tensors to the plan.
+#include <tuple>
+
+#include "call.h"
+#include "lora_linear_plan.cuh"
+
+namespace fastadapt {
+namespace {
+
+constexpr const char* kOp = "lora_linear";
+
+struct LoraCall {
+  const Tensor &x, &weight;
+  const Optional& bias;
+  const Tensor &lora_a, &lora_b;
+  const Optional &diagonal, &gain;
+  double scale, dropout_p;
+  const Optional& seed;
+};
+
+LoraArguments check(const LoraCall& c) {
+  const Checker checker{kOp, c.x};
+  checker.activation();
+  FA_CHECK(c.weight.dim() == 2 && c.lora_a.dim() == 2, kOp, ": weight must be (n, k) and lora_a (r, k)");
+  const int64_t n = c.weight.size(0), k = c.x.size(-1), r = c.lora_a.size(0);
+  FA_CHECK(n < (int64_t{1} << 30) && k < (int64_t{1} << 30), kOp, ": n and k must be below 2**30, got ", n, " and ", k);
+  FA_CHECK(r >= 1 && r < (int64_t{1} << 30), kOp, ": r must be at least 1 and below 2**30, got ", r);
+  FA_CHECK(c.weight.scalar_type() == c.x.scalar_type(), kOp, ": weight must have the dtype of x");
+  LoraArguments a{};
+  a.x = checker.array(c.x, "x");
+  a.weight = checker.parameter(c.weight, "weight", {n, k});
+  a.bias = checker.parameter(c.bias, "bias", {n});
+  a.lora_a = checker.parameter(c.lora_a, "lora_a", {r, k});
+  a.lora_b = checker.parameter(c.lora_b, "lora_b", {n, r});
+  a.diagonal = checker.parameter(c.diagonal, "diagonal", {r});
+  a.gain = checker.parameter(c.gain, "gain", {n});
+  a.scale = static_cast<float>(c.scale), a.dropout_p = c.dropout_p;
+  FA_CHECK(c.dropout_p >= 0 && c.dropout_p < 1, kOp, ": dropout_p must lie in [0, 1), got ", c.dropout_p);
+  FA_CHECK(c.dropout_p == 0 || c.seed, kOp, ": dropout needs a seed");
+  if (c.seed) {
+    checker.device(*c.seed, "seed");
+    FA_CHECK(c.seed->scalar_type() == ScalarType::Long && c.seed->numel() == 1, kOp, ": seed must be one int64");
+    a.seed = static_cast<const int64_t*>(c.seed->data_ptr());
+  }
+  return a;
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight, const Optional& bias,
+    const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain, double scale, double dropout_p,
+    const Optional& seed) {
+  LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed});
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.size(0);
+  int64_t m = 1;
+  for (int64_t i = 0; i < x.dim() - 1; i++) m *= x.size(i);
+  const int64_t shape_u[] = {m, lora_a.size(0)};
+  Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()});
+  Tensor u = torch::stable::new_empty(x, {shape_u, 2}, ScalarType::Float);
+  if (m == 0) return {y, u};
+  a.u = Checker{kOp, x}.array(u, "u");
+  void* out = y.mutable_data_ptr();
+  run(kOp, x, [&](auto tag, const Device& device) { return lora_linear_forward<decltype(tag)>(a, out, device); });
+  return {y, u};
+}
+
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Seven lora_linear_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& y, const Tensor& weight,
+    const Optional& bias, const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain,
+    double scale, double dropout_p, const Optional& seed, const std::vector<bool>& output_mask) {
+  LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed});
+  const Checker checker{kOp, x};
+  const int64_t n = weight.size(0), r = lora_a.size(0);
+  a.grad_y = checker.rows(grad_y, "grad_y", n);
+  const int64_t m = n > 0 ? grad_y.numel() / n : 0;
+  checker.device(u, "u");
+  FA_CHECK(n == 0 || (u.dim() == 2 && u.size(0) == m && u.size(1) == r && u.scalar_type() == ScalarType::Float), kOp,
+      ": u must be (m, r) in float32");
+  a.u = checker.array(u, "u");
+  if (y) a.y = checker.rows(*y, "y", n);
+  LoraGradients outputs;
+  const Optional inputs[7] = {x, weight, bias, lora_a, lora_b, diagonal, gain};
+  Array* const arrays[7] = {&outputs.x, &outputs.weight, &outputs.bias, &outputs.lora_a, &outputs.lora_b, &outputs.diagonal,
+      &outputs.gain};
+  const std::vector<Tensor> grads = checker.gradients(output_mask, inputs, arrays);
+  FA_CHECK(!outputs.gain.data || y, kOp, ": the gradient of gain needs y");
+  run(kOp, x, [&](auto tag, const Device& device) { return lora_linear_backward<decltype(tag)>(a, outputs, device); });
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastadapt, CUDA, m) {
+  m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd_cuda));
+  m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd_cuda));
+}
+
+}  // namespace fastadapt

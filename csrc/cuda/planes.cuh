@@ -1,0 +1,111 @@
+// Sums over rows, as the gradients of parameters need them: partial sums over splits of the rows ("planes"), which a second
+// kernel adds in a fixed order.  No atomics.
+#pragma once
+#include "rows.cuh"
+
+namespace fastadapt {
+
+struct Span {
+  int64_t begin, end;
+};
+
+// One split of [begin, end), in steps of `step`.
+__device__ __forceinline__ Span split_span(int64_t begin, int64_t end, int64_t split, int64_t splits, int step) {
+  const int64_t rows = divide_up(divide_up(end - begin, splits), step) * step;
+  return Span{least(begin + split * rows, end), least(begin + (split + 1) * rows, end)};
+}
+
+// The stages of a product over rows: a tile of each operand.
+template <class T>
+struct Outer {
+  static constexpr int kDepth = Shape<T>::kDepth, kRow = Shape<T>::padded(kN), kTile = kDepth * kRow;
+  static constexpr int kBytes = Shape<T>::kStages * 2 * kTile * sizeof(T);
+};
+
+// What a block reads of an operand: at(position) is the first of its columns, of which `valid` exist.
+template <class At>
+struct Columns {
+  Inner inner;
+  int64_t valid;
+  At at;
+
+  __device__ __forceinline__ int extent() const { return static_cast<int>(least<int64_t>((valid + 15) / 16 * 16, kN)); }
+};
+template <class At>
+__device__ __forceinline__ Columns<At> columns(Inner inner, int64_t valid, At at) {
+  return Columns<At>{inner, valid, at};
+}
+
+// acc = a.T @ b over the rows of the span, for 64 columns of each; a warp has 16 of a's.  change(tile, step_begin, depth) may
+// change what this thread loaded of a.  With `sums`, the columns of `sum` hold the sums of a.
+template <bool SUM, class T, class AtA, class AtB, class Change>
+__device__ __forceinline__ void outer_product(float (&acc)[8][4], float (&sum)[4], T* stages, Span span, const Columns<AtA>& a,
+    const Columns<AtB>& b, bool sums, Change change) {
+  using O = Outer<T>;
+  const int live = (b.extent() + 7) / 8;
+  auto depth = [&](int64_t step) {
+    return static_cast<int>(least<int64_t>(divide_up(span.end - span.begin - step * O::kDepth, 16) * 16, O::kDepth));
+  };
+  pipeline<Shape<T>::kStages>(
+      divide_up(span.end - span.begin, O::kDepth),
+      [&](int64_t step, int stage) {
+        const int64_t begin = span.begin + step * O::kDepth;
+        T* tile = stages + stage * 2 * O::kTile;
+        load_tile<kN>(tile, depth(step), a.extent(), a.valid, a.inner,
+            [&](int i) { return begin + i < span.end ? a.at(begin + i) : nullptr; });
+        load_tile<kN>(tile + O::kTile, depth(step), b.extent(), b.valid, b.inner,
+            [&](int i) { return begin + i < span.end ? b.at(begin + i) : nullptr; });
+      },
+      [&](int64_t step, int stage) { change(stages + stage * 2 * O::kTile, span.begin + step * O::kDepth, depth(step)); },
+      [&](int64_t step, int stage) {
+        const T* tile = stages + stage * 2 * O::kTile;
+        multiply<8, true, true, SUM>(
+            acc, sum, tile + threadIdx.x / 32 * 16, O::kRow, tile + O::kTile, O::kRow, depth(step), live, sums);
+      });
+}
+
+// Calls f(i, j, value) for the elements of acc: column i of a and j of b.
+template <class F>
+__device__ __forceinline__ void outer_elements(const float (&acc)[8][4], F f) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) f(warp * 16 + lane / 4 + half * 8, j * 8 + lane % 4 * 2 + i, acc[j][half * 2 + i]);
+}
+
+// The two sums of f(position) over the span, as sums of sums like those in multiply.
+template <class F>
+__device__ __forceinline__ float2 sum_rows(Span span, F f) {
+  float2 sum{0.f, 0.f};
+  for (int64_t begin = span.begin; begin < span.end; begin += 32) {
+    float2 part[4] = {};
+    for (int step = 0; step < 32; step += 4)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (begin + step + i >= span.end) break;
+        const float2 v = f(begin + step + i);
+        part[i].x += v.x, part[i].y += v.y;
+      }
+    sum.x += (part[0].x + part[1].x) + (part[2].x + part[3].x);
+    sum.y += (part[0].y + part[1].y) + (part[2].y + part[3].y);
+  }
+  return sum;
+}
+
+__device__ __forceinline__ float add_planes(const float* planes, int64_t splits, int64_t stride) {
+  float sum = 0.f;
+#pragma unroll 4
+  for (int64_t s = 0; s < splits; s++) sum += planes[s * stride];
+  return sum;
+}
+
+template <class T>
+__device__ __forceinline__ void store_gradient(void* out, int is_float, int64_t i, float v) {
+  if (is_float) static_cast<float*>(out)[i] = v;
+  else static_cast<T*>(out)[i] = from_float<T>(v);
+}
+
+}  // namespace fastadapt
