@@ -19,7 +19,7 @@ MINIMUM = 2
 # Class of error -> the kinds of kernels in which it must be planted somewhere.
 ALL = ("triton", "cuda", "cpu")
 BUGS = {
-    "load out of bounds": ("triton", "cpu"),
+    "load out of bounds": ALL,
     "store out of bounds": ALL,
     "mask off by one": ("triton", "cuda"),
     "tail of the product unmasked": ("triton", "cuda"),
@@ -29,7 +29,7 @@ BUGS = {
     "alignment assumed": ("triton", "cuda"),
     "tail skipped": ALL,
     "grid too small": ("triton", "cuda"),
-    "empty input": ("triton",),
+    "empty input": ("triton", "cuda"),
     "NaN swallowed": ("triton", "cuda"),
     "zero times infinity": ("triton", "cuda"),
     "scale on the residual": ("triton", "cuda"),
@@ -39,11 +39,11 @@ BUGS = {
     "id -1 not honoured": ALL,
     "gradient mask ignored": ("triton", "cuda"),
     "uninitialised memory": ("triton", "cuda"),
-    "input overwritten": ("triton",),
+    "input overwritten": ("triton", "cuda"),
     "sum in 16 bits": ("triton", "cuda"),
     "product in 16 bits": ("triton", "cuda"),
     "residual added after rounding": ("triton", "cuda"),
-    "tf32 product": ("triton",),
+    "tf32 product": ("triton", "cuda"),
     "cancellation": ("triton", "cuda"),
     "race": ("triton", "cuda"),
     "order of a sum left to chance": ("triton",),
@@ -51,7 +51,14 @@ BUGS = {
     "missing barrier": ("cuda",),
     "missing wait": ("cuda",),
     "divergent barrier": ("cuda",),
-    "too much shared memory": ("cuda",),
+    "too much shared memory": ("triton", "cuda"),
+    "grid too large": ("triton", "cuda"),
+    "wrong device": ("triton", "cuda"),
+    "one tile of several": ("triton", "cuda"),
+    "wrong instruction": ("cuda",),
+    "spilled registers": ("triton", "cuda"),
+    "shape that only the interpreter takes": ("triton",),
+    "slow instructions": ("triton",),
 }
 
 
