@@ -81,11 +81,13 @@ def decode_mma(ins):
     return step
 
 
-def rows_of_matrices(state, read, count, mask):
-    """Addresses of the rows that the first lanes of each taking-part warp give, and those lanes."""
+def rows_of_matrices(state, read, count, mask, text):
+    """Addresses and slots of the rows that the first lanes of each taking-part warp give, and those lanes."""
+    whole_warps(mask, text)
     taking = np.arange(state.shape[0]) if mask is None else np.flatnonzero(mask)
     lanes = taking.reshape(-1, 32)[:, : 8 * count].ravel()
-    return places(state, read, "shared", lanes), lanes
+    rows = places(state, read, "shared", lanes)
+    return rows, state.memory.slots(rows, 16, text), lanes
 
 
 def matrix_modifiers(ins):
@@ -106,9 +108,7 @@ def decode_load_matrix(ins):
         raise Refused(ins.text)
 
     def step(state, mask):
-        whole_warps(mask, ins.text)
-        rows, lanes = rows_of_matrices(state, read, count, mask)
-        slots = state.memory.slots(rows, 16, ins.text)
+        rows, slots, lanes = rows_of_matrices(state, read, count, mask, ins.text)
         state.note(rows, 16, lanes, None, ins.text)
         matrices = state.memory.load(slots, 2, 8).reshape(-1, count, 8, 8)
         if transposed:
@@ -133,9 +133,7 @@ def decode_store_matrix(ins):
         raise Refused(ins.text)
 
     def step(state, mask):
-        whole_warps(mask, ins.text)
-        rows, lanes = rows_of_matrices(state, read, count, mask)
-        slots = state.memory.slots(rows, 16, ins.text)
+        rows, slots, lanes = rows_of_matrices(state, read, count, mask, ins.text)
         words = np.stack([r(state) if mask is None else r(state)[mask] for r in reads]).reshape(count, -1, 8, 4)
         matrices = np.ascontiguousarray(words.swapaxes(0, 1)).view(np.uint16)  # warp, matrix, row, column
         if transposed:
