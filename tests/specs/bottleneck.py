@@ -265,7 +265,7 @@ NUMERICS = Numerics(
     rounded=rounded,
     predicted=predicted,
     exact=(
-        case("integers", shape=(33, 65), r=17, scale=2.0, skip=True, hidden_skip=True),
+        case("integers", shape=(67, 65), r=17, scale=2.0, skip=True, hidden_skip=True),
         case("integers-in-a-bank", shape=(2, 6, 40), r=8, g=4, ids=[TOKENS[:6], TOKENS[6:]], scale="channel", residual="other"),
     ),
     rows=("adapter_ids",),
