@@ -33,6 +33,7 @@ LARGEST_RANK = Rung(
     "tests/test_cuda_emulated.py", "test_tiles and largest-rank-bfloat16", plugins=KEPT, edits=ONLY_BFLOAT16
 )
 EMPTY = emulated("empty-bfloat16 and test_matches_reference")
+MIXED = emulated("float32-parameters-bfloat16 and test_matches_reference")
 LEFT_ALONE = emulated("m33-d65-r17-bfloat16 and test_inputs_are_left_alone", NUMERICS)
 FAR = Rung("tests/test_far_rows.py", "test_emulated_cuda and not last_blocks", plugins=KEPT, edits=ONLY_BFLOAT16)
 RACES = emulated("bank-with-everything-bfloat16-thread and test_sanitizer_reports_nothing")
@@ -104,6 +105,10 @@ MUTANTS = (
             "yes &= array.size[i] == 1 || array.stride[i] * element % 16 == 0;",
             "yes &= array.size[i] == 1 || array.stride[i] > 0;",
         )],
+    ),
+    Mutant(
+        "float32 weights read as bfloat16", "dtypes mixed up", {MIXED: ANY},
+        [(PLAN, "if (array.kind == kind_of<T>() && aligned(array, sizeof(T)))", "if (aligned(array, sizeof(T)))")],
     ),
     Mutant(
         "last tile of columns left out", "tail skipped", {EXACT: OUTPUT},
