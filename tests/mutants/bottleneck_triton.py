@@ -167,7 +167,6 @@ MUTANTS = (
     Mutant(
         "backward on whatever device is current", "wrong device", {LAUNCHER: "asks for the GPU before|is launched on whatever"},
         [(FWD, "    with torch.cuda.device_of(x):\n        call = _Backward(", "    if True:\n        call = _Backward(")],
-        fast=True,
     ),
     Mutant(
         "last columns left out of tall tiles", "one tile of several", {OTHER_TILES: "not finite|assert"},
