@@ -235,6 +235,7 @@ class Asynchronous:
         self.open, self.groups = [], []
         self.results, self.unfinished = {}, {}  # by register: the value to come, and how many products write it
         self.ordered = {}  # by register: the value that the last wgmma.fence saw
+        self.seen = set()  # where those values lie: a move behind the fence, as LLVM places it for ptxas to order, keeps that
 
     def stored(self, addresses, size, warps, text):
         inside = addresses >= self.start_address
@@ -289,11 +290,13 @@ class Asynchronous:
     def order(self):
         """wgmma.fence: what other instructions wrote to registers is there for the products that follow."""
         self.ordered = dict(enumerate(self.state.registers))
+        self.seen = {place(value) for value in self.state.registers if isinstance(value, np.ndarray)}
 
     def start(self, target, product, add, sources, cells, text):
         registers = self.state.registers
         for index in (*target, *sources):
-            if registers[index] is not IN_FLIGHT and self.ordered.get(index) is not registers[index]:
+            value = registers[index]
+            if value is not IN_FLIGHT and self.ordered.get(index) is not value and place(value) not in self.seen:
                 raise Fault(f"a register was written since the last wgmma.fence: {text}")
         for index, values in zip(target, product):
             before = self.results[index] if registers[index] is IN_FLIGHT else registers[index]
@@ -324,6 +327,10 @@ class Asynchronous:
     def kernel_ends(self):
         if self.open or any(self.groups):
             raise Fault("the kernel ends with wgmma in flight")
+
+
+def place(value):
+    return value.__array_interface__["data"][0]
 
 
 def descriptor_offsets(descriptor, row, k, wide, transposed, text):
