@@ -28,8 +28,8 @@ _HIGH = ((32, 64, 4096), (16, 64, None))
 _FLOAT32 = {(4, r): ((32, 32, None), (16, 32, None)) if r <= 64 else ((16, 16, None),) for r in (16, 32, 64, 128, 256)}
 _BWD_TILES = Tiles({(2, 16): _LOW, (2, 32): _LOW, (2, 64): _HIGH, (2, 128): _HIGH, (2, 256): _HIGH, **_FLOAT32})
 _FWD_TILES = Tiles({**_BWD_TILES, (2, 64): ((64, 64, 1024), *_HIGH) if _WGMMA else _HIGH})
-# BLOCK_M and BLOCK_D of the kernel that owns columns: under 64 columns, for mma.sync. Triton 3.9 gives a tile that is multiplied
-# by wgmma and also summed one buffer too few, so that the next tile is copied over one that is being read.
+# BLOCK_M and BLOCK_D of the kernel that owns columns: under 64 columns, for mma.sync. With wgmma Triton 3.9 gives a tile that
+# is also summed one buffer too few, so that the next tile is copied over one that is being read.
 _COLUMN_TILES = Tiles(
     {(2, r): ((32, 32),) for r in (16, 32, 64, 128, 256)}
     | {(4, r): ((32, 32) if r <= 32 else (16, 32) if r == 64 else (16, 16),) for r in (16, 32, 64, 128, 256)}
