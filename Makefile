@@ -5,24 +5,34 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
-# Files whose tests run once more in the strict interpreter: the battery, those of one op, those of the interpreter.
+# The tests run in three processes, two at a time, each on one core: what compiles, simulates or emulates the kernels for
+# GPUs; all other tests; and in the strict interpreter the battery, the tests of each op and those of the interpreter.
 OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
+GPULESS := $(wildcard tests/test_cuda*.py tests/test_cpu*.py tests/test_ptx.py tests/test_triton*.py tests/test_mutants.py)
 INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%.py) tests/test_strict_interpreter*.py)
+MARKS := not slow
 
-.PHONY: demo test verify mutants lint bench gpu budgets clean
+# Targets that begin with test- expect that all is set up.
+.PHONY: demo test test-gpuless test-others test-interpreted verify mutants lint bench gpu budgets clean
 
 demo: $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
 
 test: lint $(VENV)/.native
-	python -m pytest tests
-	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED)
+	$(MAKE) --jobs=2 --output-sync=target test-gpuless test-others test-interpreted
 
 # Every proof that needs no GPU, the long ones too.
 verify: lint $(VENV)/.native
-	python -m pytest tests -m "slow or not slow"
-	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED) -m "slow or not slow"
+	$(MAKE) --jobs=2 --output-sync=target "MARKS=slow or not slow" test-gpuless test-others test-interpreted
 	$(MAKE) mutants
+
+test-gpuless test-others test-interpreted: export OMP_NUM_THREADS = 1
+test-gpuless:
+	python -m pytest $(GPULESS) -m "$(MARKS)"
+test-others:
+	python -m pytest tests $(GPULESS:%=--ignore=%) -m "$(MARKS)"
+test-interpreted:
+	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED) -m "$(MARKS)"
 
 # Plants errors in the kernels; fails if a check doesn't see one.
 mutants: $(VENV)/.test,demo,peers $(VENV)/.native

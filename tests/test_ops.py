@@ -212,7 +212,7 @@ def test_forward_allocates_the_output_only(spec, backend, case, dtype):
     if backend != "native" or DEVICE != "cpu":
         return
     arguments = case.make(dtype, DEVICE)
-    arguments["x"] = torch.randn(4, 512, 2 * arguments["x"].shape[-1]).to(dtype)[..., ::2].transpose(0, 1)
+    arguments["x"] = torch.randn(4, 4096, 2 * arguments["x"].shape[-1]).to(dtype)[..., ::2].transpose(0, 1)
     arguments["residual"] = None
     with torch.profiler.profile(profile_memory=True) as profile:
         y = spec.op(**arguments, backend=backend)

@@ -340,6 +340,9 @@ inline void run(dim3 grid, dim3 block, size_t shared, std::function<void()> kern
   State& s = state();
   const unsigned threads = block.x * block.y * block.z;
   if (threads % 32) throw std::runtime_error("emulator: the block size must be a multiple of 32");
+  if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX)
+    throw std::runtime_error("emulator: CUDA takes no grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
+                             " x " + std::to_string(grid.z) + " blocks");
   if (shared > s.shared_limit)
     throw std::runtime_error(
         "emulator: " + std::to_string(shared) + " bytes of shared memory, of " + std::to_string(s.shared_limit));

@@ -7,6 +7,7 @@ TILES, ROWS, FWD = HEADERS + "tiles.cuh", HEADERS + "rows.cuh", HEADERS + "bottl
 BWD, GRADIENTS = HEADERS + "bottleneck_backward.cuh", HEADERS + "bottleneck_gradients.cuh"
 PLAN, PLAN_BWD = HEADERS + "bottleneck_plan.cuh", HEADERS + "bottleneck_plan_backward.cuh"
 CALL, BANK, PLANES = HEADERS + "call.h", HEADERS + "bank.cuh", HEADERS + "planes.cuh"
+CU, HARDWARE = HEADERS + "bottleneck.cu", HEADERS + "hardware.cuh"
 # What costs here is the compiler: one dtype is enough.
 ONLY_BFLOAT16 = tuple((CALL, f"plan({other}{{}}, device)", "plan(bf16{}, device)") for other in ("float", "f16"))
 ONLY_FLOAT32 = tuple((CALL, f"plan({other}{{}}, device)", "plan(float{}, device)") for other in ("bf16", "f16"))
@@ -24,6 +25,7 @@ ALONE = emulated("everything-bfloat16 and test_one_gradient_alone")
 ALONE_FLOAT32 = emulated("everything-float32 and test_one_gradient_alone", edits=ONLY_FLOAT32)
 LARGE_MEAN = emulated("norm-of-large-mean-float32 and test_matches_reference", edits=ONLY_FLOAT32)
 EXACT = emulated("integers-bfloat16 and test_integers_are_exact", NUMERICS)
+EXACT_FLOAT32 = emulated("integers-float32 and test_integers_are_exact", NUMERICS, ONLY_FLOAT32)
 EXACT_BANK = emulated("integers-in-a-bank-bfloat16 and test_integers_are_exact", NUMERICS)
 ROUNDING = emulated("m33-d65-r17-bfloat16 and test_rounds_where_the_docstring_says", NUMERICS)
 INFINITE = emulated("m33-d65-r17-float32 and test_nan_and_inf_spread_as_in_pytorch", NUMERICS, ONLY_FLOAT32)
@@ -31,8 +33,17 @@ ADDRESSES = emulated("m33-d65-r17-bfloat16-address and test_sanitizer_reports_no
 LARGEST_RANK = Rung(
     "tests/test_cuda_emulated.py", "test_tiles and largest-rank-bfloat16", plugins=KEPT, edits=ONLY_BFLOAT16
 )
-FAR = Rung("tests/test_far_rows.py", "test_emulated_cuda", plugins=KEPT, edits=ONLY_BFLOAT16)
+EMPTY = emulated("empty-bfloat16 and test_matches_reference")
+MIXED = emulated("float32-parameters-bfloat16 and test_matches_reference")
+LEFT_ALONE = emulated("m33-d65-r17-bfloat16 and test_inputs_are_left_alone", NUMERICS)
+FAR = Rung("tests/test_far_rows.py", "test_emulated_cuda and not last_blocks", plugins=KEPT, edits=ONLY_BFLOAT16)
 RACES = emulated("bank-with-everything-bfloat16-thread and test_sanitizer_reports_nothing")
+MANY = Rung("tests/test_far_rows.py", "last_blocks and bottleneck-rows", plugins=KEPT, edits=ONLY_BFLOAT16)
+HOST = Rung("tests/test_cuda_host.py", "bottleneck and test_launches", plugins=KEPT)
+PTX = Rung(
+    "tests/test_ptx.py", "test_cuda_matches_reference and bottleneck-small-bfloat16-1-sm_80", plugins=KEPT, edits=ONLY_BFLOAT16
+)
+COMPILED = Rung("tests/test_cuda_compile.py", "test_compiles_and_fits and not elsewhere")
 OUTPUT = "integers: y differs"
 GRAD = "grad of {}: (l2|max) error"
 ANY = "(l2|max) error|not finite|assert"
@@ -61,8 +72,12 @@ MUTANTS = (
         )],
     ),
     Mutant(
-        "load past the last column", "mask off by one", {ADDRESSES: "heap-buffer-overflow"},
+        "load past the last column", "load out of bounds", {ADDRESSES: "heap-buffer-overflow"},
         [(TILES, "from && column < valid ?", "from && column <= valid ?")],
+    ),
+    Mutant(
+        "one row of a weight too many", "mask off by one", {ADDRESSES: "heap-buffer-overflow"},
+        [(TILES, "return n0 + i < n ? weight + (n0 + i) * row + k0", "return n0 + i <= n ? weight + (n0 + i) * row + k0")],
     ),
     Mutant(
         "a pair stored where one column is left", "store out of bounds", {ADDRESSES: "heap-buffer-overflow"},
@@ -93,12 +108,47 @@ MUTANTS = (
         )],
     ),
     Mutant(
+        "float32 weights read as bfloat16", "dtypes mixed up", {MIXED: ANY},
+        [(PLAN, "if (array.kind == kind_of<T>() && aligned(array, sizeof(T)))", "if (aligned(array, sizeof(T)))")],
+    ),
+    Mutant(
         "last tile of columns left out", "tail skipped", {EXACT: OUTPUT},
         [(FWD, "      divide_up(d, kN) * parts,\n", "      d / kN * parts,\n")],
     ),
     Mutant(
         "last tiles of a bank not launched", "grid too small", {EXACT_BANK: OUTPUT},
         [(PLAN, "(p.groups.order ? p.groups.g + 2 : 0)", "(p.groups.order ? 1 : 0)")],
+    ),
+    Mutant(
+        "at most 65535 tiles", "grid too small", {MANY: "nothing has written the end of"},
+        [(
+            PLAN,
+            "return divide_up(p.m, tile_rows) + (p.groups.order ? p.groups.g + 2 : 0);",
+            "return least<int64_t>(65535, divide_up(p.m, tile_rows) + (p.groups.order ? p.groups.g + 2 : 0));",
+        )],
+    ),
+    Mutant(
+        "tiles in the second dimension of the grid", "grid too large", {MANY: "CUDA takes no grid"},
+        [
+            (
+                PLAN,
+                "const dim3 grid(static_cast<unsigned>(tile_count(p, rows)));\n  if (grid.x == 0)",
+                "const dim3 grid(1, static_cast<unsigned>(tile_count(p, rows)));\n  if (grid.y == 0)",
+            ),
+            (FWD, "find_tile(p.groups, blockIdx.x, BM)", "find_tile(p.groups, blockIdx.y, BM)"),
+        ],
+    ),
+    Mutant(
+        "no rows launched", "empty input", {EMPTY: "CUDA takes no grid"},
+        [(PLAN_BWD, "  if (blocks > 0) launch(kernel", "  launch(kernel")],
+    ),
+    Mutant(
+        "launched on device 0", "wrong device", {HOST: "device 0 is current"},
+        [(CU, "  torch::stable::accelerator::DeviceGuard guard(index);\n", "")],
+    ),
+    Mutant(
+        "last columns left out of tall tiles", "one tile of several", {PLAIN: ANY},
+        [(FWD, "      divide_up(d, kN) * parts,\n", "      (BM == 64 ? d / kN : divide_up(d, kN)) * parts,\n")],
     ),
     Mutant(
         "relu by maximum", "NaN swallowed", {INFINITE: "spreads otherwise"},
@@ -160,6 +210,14 @@ MUTANTS = (
         )],
     ),
     Mutant(
+        "y written over x", "input overwritten", {LEFT_ALONE: "x was written to"},
+        [(CU, "Tensor y = torch::stable::new_empty(x, x.sizes());", "Tensor y = x;")],
+    ),
+    Mutant(
+        "operands of float32 products in 11 bits", "tf32 product", {EXACT_FLOAT32: OUTPUT},
+        [(TILES, "v[3] = four.w;\n  }\n", "v[3] = four.w;\n  }\n  for (float& x : v) x = to_float(from_float<f16>(x));\n")],
+    ),
+    Mutant(
         "sums of grad_y in 16 bits", "sum in 16 bits", {ALONE_FLOAT32: GRAD.format("up_bias")},
         [(
             PLANES,
@@ -194,6 +252,30 @@ MUTANTS = (
     Mutant(
         "blocks that write one sum", "race", {RACES: "data race"},
         [(BWD, "q.hidden_sums[(blockIdx.x * int64_t{2} + i / kN)", "q.hidden_sums[(0 * int64_t{2} + i / kN)")],
+    ),
+    Mutant(
+        "no barrier of the warp that sorts", "race", {RACES: "data race"},
+        [(
+            ROWS,
+            "    const int64_t before = row < end ? count[adapter] : 0;\n    __syncwarp();\n",
+            "    const int64_t before = row < end ? count[adapter] : 0;\n",
+        )],
+    ),
+    Mutant(
+        "instruction that waits for one copy less", "missing wait", {PTX: "unfinished cp.async|in flight"},
+        [(HARDWARE, '"cp.async.wait_group %0;" ::"n"(GROUPS)', '"cp.async.wait_group %0;" ::"n"(GROUPS + 1)')],
+    ),
+    Mutant(
+        "bfloat16 multiplied as float16", "wrong instruction", {PTX: ANY},
+        [(HARDWARE, "m16n8k16.row.col.f32.bf16.bf16.f32", "m16n8k16.row.col.f32.f16.f16.f32")],
+    ),
+    Mutant(
+        "eight blocks a multiprocessor", "spilled registers", {COMPILED: "bytes of spills"},
+        [(
+            GRADIENTS,
+            "__launch_bounds__(kThreads, 3) bottleneck_bwd_weights_kernel",
+            "__launch_bounds__(kThreads, 8) bottleneck_bwd_weights_kernel",
+        )],
     ),
     Mutant(
         "tall tiles whatever their memory", "too much shared memory", {LARGEST_RANK: "shared"},

@@ -25,6 +25,14 @@ GHOST = Rung(
     "tests/test_strict_interpreter.py", "test_offsets_of_the_launches_are_64_bit and bottleneck-large and contiguous",
     interpret=True,
 )  # fmt: skip
+EXACT_BFLOAT16 = interpreted("integers-bfloat16 and test_integers_are_exact")
+LEFT_ALONE = interpreted("m33-d65-r17-float32 and test_inputs_are_left_alone")
+OTHER_TILES = Rung("tests/test_strict_interpreter.py", "test_every_tile_alone and bottleneck-r20-bfloat16", interpret=True)
+LAUNCHER = Rung("tests/test_launchers.py", "bottleneck")
+COMPILED, COMPILED_RANK_256 = (
+    Rung("tests/test_triton_compile.py", f"test_compiles_and_fits and bottleneck-{chip}") for chip in (89, 86)
+)
+PTX = Rung("tests/test_ptx.py", "test_triton_matches_reference and m33-d65-r17-bfloat16-sm_80")
 
 OUTPUT = "integers: y differs"
 BOUNDS = "BoundsError: load"
@@ -41,7 +49,7 @@ MUTANTS = (
         fast=True,
     ),
     Mutant(
-        "rows of y unmasked", "store out of bounds", {EXACT: "BoundsError: store"},
+        "rows of y unmasked", "store out of bounds", {EXACT: "BoundsError: store", PTX: "access out of bounds: .* of y_ptr"},
         [(
             FWD,
             "(base + y).to(y_ptr.dtype.element_ty), mask=mask)",
@@ -129,6 +137,42 @@ MUTANTS = (
         [(FWD, 'blocks["BLOCK_M"]) + (g + 2 if groups', 'blocks["BLOCK_M"]) + (g - 3 if groups')],
     ),
     Mutant(
+        "at most 65535 programs", "grid too small", {GHOST: "too few programs"},
+        [(
+            FWD,
+            'grid = (triton.cdiv(m, blocks["BLOCK_M"]) + (g + 2 if groups["GROUPS"] else 0),)',
+            'grid = (min(65535, triton.cdiv(m, blocks["BLOCK_M"]) + (g + 2 if groups["GROUPS"] else 0)),)',
+        )],
+    ),
+    Mutant(
+        "rows in the second dimension of the grid", "grid too large", {LAUNCHER: "assert"},
+        [
+            (
+                FWD,
+                'grid = (triton.cdiv(m, blocks["BLOCK_M"]) + (g + 2 if groups["GROUPS"] else 0),)',
+                'grid = (1, triton.cdiv(m, blocks["BLOCK_M"]) + (g + 2 if groups["GROUPS"] else 0))',
+            ),
+            (
+                FWD,
+                "start, end, width, rank = tl.program_id(0).to(tl.int64) * BLOCK_M",
+                "start, end, width, rank = tl.program_id(1).to(tl.int64) * BLOCK_M",
+            ),
+            (
+                FWD,
+                "group, start, end = bank_tile(starts_ptr, tl.program_id(0).to(tl.int64)",
+                "group, start, end = bank_tile(starts_ptr, tl.program_id(1).to(tl.int64)",
+            ),
+        ],
+    ),
+    Mutant(
+        "backward on whatever device is current", "wrong device", {LAUNCHER: "asks for the GPU before|is launched on whatever"},
+        [(FWD, "    with torch.cuda.device_of(x):\n        call = _Backward(", "    if True:\n        call = _Backward(")],
+    ),
+    Mutant(
+        "last columns left out of tall tiles", "one tile of several", {OTHER_TILES: "not finite|assert"},
+        [(FWD, "for first in range(0, d, BLOCK_D):", "for first in range(0, d - d % BLOCK_D * (BLOCK_M // 64), BLOCK_D):")],
+    ),
+    Mutant(
         "backward of no rows", "empty input", {EMPTY: "ZeroDivisionError"},
         [(
             FWD,
@@ -203,7 +247,8 @@ MUTANTS = (
         [(FWD, "    y = x.new_empty(x.shape)\n", "    y = x if add_x and x.is_contiguous() else x.new_empty(x.shape)\n")],
     ),
     Mutant(
-        "sums over rows in 16 bits", "sum in 16 bits", {EVERYTHING: GRAD.format("up_bias")},
+        "sums over rows in 16 bits", "sum in 16 bits",
+        {EVERYTHING: GRAD.format("up_bias"), EXACT_BFLOAT16: "integers: .*_bias differs"},
         [(
             BWD,
             "tl.store(sums_ptr + columns, tl.sum(sums, 0), mask=valid)",
@@ -226,6 +271,14 @@ MUTANTS = (
         "up projection in tf32", "tf32 product", {EXACT: OUTPUT},
         [(FWD, "y = tl.dot(hidden, up, input_precision=PRECISION)", "y = tl.dot(hidden, up)")],
         fast=True,
+    ),
+    Mutant(
+        "hidden values in 16 bits before the bias", "product in 16 bits", {ROUNDING: "rounding model"},
+        [(
+            FWD,
+            "        z += rank_vector(down_bias_ptr, rank",
+            "        z = z.to(x_ptr.dtype.element_ty).to(tl.float32) + rank_vector(down_bias_ptr, rank",
+        )],
     ),
     Mutant(
         "variance as a difference of squares", "cancellation", {LARGE_MEAN: "(l2|max) error"},
@@ -280,6 +333,26 @@ MUTANTS = (
             "    return _blocks(x, block_r, block_m, block_d, block_d",
             "    block_d = min(block_d, max(16, triton.next_power_of_2(m)))\n    return _blocks(x, block_r, block_m, "
             "block_d, block_d",
+        )],
+    ),
+    Mutant(
+        "eight tiles in flight", "too much shared memory", {COMPILED: "bytes of shared memory, the chip has"},
+        [(FWD, '"num_stages": max(1, min(4, max(', '"num_stages": 20 + max(1, min(4, max(')],
+    ),
+    Mutant(
+        "tall tiles for a large rank", "spilled registers", {COMPILED_RANK_256: "local memory|stack"},
+        [(FWD, "_HIGH = ((32, 64, 4096), (16, 64, None))", "_HIGH = ((32, 64, 4096), (128, 64, None))")],
+    ),
+    Mutant(
+        "products of depth 8", "shape that only the interpreter takes", {COMPILED_RANK_256: "Input shapes should have"},
+        [(FWD, "_HIGH = ((32, 64, 4096), (16, 64, None))", "_HIGH = ((32, 64, 4096), (16, 8, None))")],
+    ),
+    Mutant(
+        "products without tensor cores", "slow instructions", {COMPILED: "use no tensor cores|its budget is"},
+        [(
+            FWD,
+            "y = tl.dot(hidden, up, input_precision=PRECISION)",
+            "y = tl.sum(hidden.to(tl.float32)[:, :, None] * up.to(tl.float32)[None, :, :], 1)",
         )],
     ),
 )

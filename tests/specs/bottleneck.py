@@ -265,7 +265,7 @@ NUMERICS = Numerics(
     rounded=rounded,
     predicted=predicted,
     exact=(
-        case("integers", shape=(33, 65), r=17, scale=2.0, skip=True, hidden_skip=True),
+        case("integers", shape=(67, 65), r=17, scale=2.0, skip=True, hidden_skip=True),
         case("integers-in-a-bank", shape=(2, 6, 40), r=8, g=4, ids=[TOKENS[:6], TOKENS[6:]], scale="channel", residual="other"),
     ),
     rows=("adapter_ids",),
@@ -313,7 +313,7 @@ SPEC = OpSpec(
         *(case(f"aligned-r{r}", shape=(200, 192), r=r) for r in (16, 64, 256)),
     ),
     planted=(
-        case("looped", shape=(1100, 1000), r=20, **EVERYTHING),
+        case("looped", shape=(8448, 200), r=20, **EVERYTHING),  # so many rows that tiles are high enough for wgmma
         case("looped-bank", shape=(1100, 1000), r=20, g=2, ids=[0, 1, -1, 1, 0] * 220, **{**EVERYTHING, "scale": "0-d"}),
     ),
     large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), r=16, **EVERYTHING),

@@ -81,11 +81,13 @@ def decode_mma(ins):
     return step
 
 
-def rows_of_matrices(state, read, count, mask):
-    """Addresses of the rows that the first lanes of each taking-part warp give, and those lanes."""
+def rows_of_matrices(state, read, count, mask, text):
+    """Addresses and slots of the rows that the first lanes of each taking-part warp give, and those lanes."""
+    whole_warps(mask, text)
     taking = np.arange(state.shape[0]) if mask is None else np.flatnonzero(mask)
     lanes = taking.reshape(-1, 32)[:, : 8 * count].ravel()
-    return places(state, read, "shared", lanes), lanes
+    rows = places(state, read, "shared", lanes)
+    return rows, state.memory.slots(rows, 16, text), lanes
 
 
 def matrix_modifiers(ins):
@@ -106,9 +108,7 @@ def decode_load_matrix(ins):
         raise Refused(ins.text)
 
     def step(state, mask):
-        whole_warps(mask, ins.text)
-        rows, lanes = rows_of_matrices(state, read, count, mask)
-        slots = state.memory.slots(rows, 16, ins.text)
+        rows, slots, lanes = rows_of_matrices(state, read, count, mask, ins.text)
         state.note(rows, 16, lanes, None, ins.text)
         matrices = state.memory.load(slots, 2, 8).reshape(-1, count, 8, 8)
         if transposed:
@@ -133,9 +133,7 @@ def decode_store_matrix(ins):
         raise Refused(ins.text)
 
     def step(state, mask):
-        whole_warps(mask, ins.text)
-        rows, lanes = rows_of_matrices(state, read, count, mask)
-        slots = state.memory.slots(rows, 16, ins.text)
+        rows, slots, lanes = rows_of_matrices(state, read, count, mask, ins.text)
         words = np.stack([r(state) if mask is None else r(state)[mask] for r in reads]).reshape(count, -1, 8, 4)
         matrices = np.ascontiguousarray(words.swapaxes(0, 1)).view(np.uint16)  # warp, matrix, row, column
         if transposed:
@@ -237,6 +235,7 @@ class Asynchronous:
         self.open, self.groups = [], []
         self.results, self.unfinished = {}, {}  # by register: the value to come, and how many products write it
         self.ordered = {}  # by register: the value that the last wgmma.fence saw
+        self.seen = set()  # where those values lie: a move behind the fence, as LLVM places it for ptxas to order, keeps that
 
     def stored(self, addresses, size, warps, text):
         inside = addresses >= self.start_address
@@ -291,11 +290,13 @@ class Asynchronous:
     def order(self):
         """wgmma.fence: what other instructions wrote to registers is there for the products that follow."""
         self.ordered = dict(enumerate(self.state.registers))
+        self.seen = {place(value) for value in self.state.registers if isinstance(value, np.ndarray)}
 
     def start(self, target, product, add, sources, cells, text):
         registers = self.state.registers
         for index in (*target, *sources):
-            if registers[index] is not IN_FLIGHT and self.ordered.get(index) is not registers[index]:
+            value = registers[index]
+            if value is not IN_FLIGHT and self.ordered.get(index) is not value and place(value) not in self.seen:
                 raise Fault(f"a register was written since the last wgmma.fence: {text}")
         for index, values in zip(target, product):
             before = self.results[index] if registers[index] is IN_FLIGHT else registers[index]
@@ -326,6 +327,10 @@ class Asynchronous:
     def kernel_ends(self):
         if self.open or any(self.groups):
             raise Fault("the kernel ends with wgmma in flight")
+
+
+def place(value):
+    return value.__array_interface__["data"][0]
 
 
 def descriptor_offsets(descriptor, row, k, wide, transposed, text):
