@@ -5,6 +5,7 @@ from . import Mutant, Rung
 HEADERS = "csrc/cuda/"
 TILES, ROWS, FWD = HEADERS + "tiles.cuh", HEADERS + "rows.cuh", HEADERS + "bottleneck.cuh"
 BWD, GRADIENTS = HEADERS + "bottleneck_backward.cuh", HEADERS + "bottleneck_gradients.cuh"
+COMMON_PLAN = HEADERS + "plan.cuh"
 PLAN, PLAN_BWD = HEADERS + "bottleneck_plan.cuh", HEADERS + "bottleneck_plan_backward.cuh"
 CALL, BANK, PLANES = HEADERS + "call.h", HEADERS + "bank.cuh", HEADERS + "planes.cuh"
 CU, HARDWARE = HEADERS + "bottleneck.cu", HEADERS + "hardware.cuh"
@@ -109,7 +110,7 @@ MUTANTS = (
     ),
     Mutant(
         "float32 weights read as bfloat16", "dtypes mixed up", {MIXED: ANY},
-        [(PLAN, "if (array.kind == kind_of<T>() && aligned(array, sizeof(T)))", "if (aligned(array, sizeof(T)))")],
+        [(COMMON_PLAN, "if (array.kind == kind_of<T>() && aligned(array, sizeof(T)))", "if (aligned(array, sizeof(T)))")],
     ),
     Mutant(
         "last tile of columns left out", "tail skipped", {EXACT: OUTPUT},
@@ -140,11 +141,11 @@ MUTANTS = (
     ),
     Mutant(
         "no rows launched", "empty input", {EMPTY: "CUDA takes no grid"},
-        [(PLAN_BWD, "  if (blocks > 0) launch(kernel", "  launch(kernel")],
+        [(COMMON_PLAN, "  if (blocks > 0) launch(kernel", "  launch(kernel")],
     ),
     Mutant(
         "launched on device 0", "wrong device", {HOST: "device 0 is current"},
-        [(CU, "  torch::stable::accelerator::DeviceGuard guard(index);\n", "")],
+        [(CALL, "  torch::stable::accelerator::DeviceGuard guard(index);\n", "")],
     ),
     Mutant(
         "last columns left out of tall tiles", "one tile of several", {PLAIN: ANY},
@@ -256,7 +257,7 @@ MUTANTS = (
     Mutant(
         "no barrier of the warp that sorts", "race", {RACES: "data race"},
         [(
-            ROWS,
+            BANK,
             "    const int64_t before = row < end ? count[adapter] : 0;\n    __syncwarp();\n",
             "    const int64_t before = row < end ? count[adapter] : 0;\n",
         )],
