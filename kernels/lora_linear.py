@@ -27,14 +27,12 @@ _ROW_TILES = Tiles(
     {(2, r): _LOW if r <= 32 else ((32, 64), (16, 64)) for r in (16, 32, 64, 128, 256)}
     | {(4, r): ((32, 32), (16, 32)) if r <= 64 else ((16, 16),) for r in (16, 32, 64, 128, 256)}
 )
-# Tiles of the product: BLOCK_M, BLOCK_N, BLOCK_D. A gain of the left operand, or dropout, takes registers; so do the addresses
-# of 16-bit elements that can't be loaded in wide pieces.
-_CHANGED = ((128, 128, 64), (64, 128, 64), (32, 64, 128))[0 if WGMMA else 2 :]
+# Tiles of the product: BLOCK_M, BLOCK_N, BLOCK_D. The addresses of 16-bit elements that can't be loaded in wide pieces take
+# registers.
 _PRODUCT_TILES = Tiles(
     {
-        "plain": ((128, 256, 64), *_CHANGED) if WGMMA else _CHANGED,
-        "changed": _CHANGED,
-        "odd": ((32, 64, 32),),
+        "16-bit": ((128, 128, 64), (64, 64, 64), (32, 64, 128))[0 if WGMMA else 2 :],
+        "16-bit of odd widths": ((32, 64, 32),),
         "float32": ((64, 64, 16), (32, 32, 32)),
     }
 )
@@ -133,7 +131,7 @@ class _Call:
         self.m, self.r, self.item = x.shape[:-1].numel(), lora_a.shape[0], x.element_size()
         self.block_r = max(16, triton.next_power_of_2(self.r))
         self.odd = (x.shape[-1] | lora_b.shape[0]) % 8 != 0  # by shapes: strides of grad_y may change no bit
-        self.dropout = _KEEP_ALL if seed is None else (seed, *dropout_constants(dropout_p))
+        self.dropout = (seed, *dropout_constants(dropout_p))
         self.x_rows = (x, *rows_of(x), x.stride(-1))
 
     def ranks(self, rows, d, gain, weight, weight_strides, dropout):
@@ -161,8 +159,7 @@ class _Call:
             programs = triton.cdiv(self.m, block_m) * triton.cdiv(n, block_n)
             return programs >= PROGRAMS // 2 and 2 * (block_m + block_n) * block_d * self.item <= shared
 
-        kind = "plain" if left_gain is None and dropout is _KEEP_ALL else "changed"
-        kind = "float32" if self.item == 4 else "odd" if self.odd else kind
+        kind = "float32" if self.item == 4 else "16-bit of odd widths" if self.odd else "16-bit"
         block_m, block_n, block_d = _PRODUCT_TILES.pick(kind, suits)
         tiles_m = triton.cdiv(self.m, block_m)
         lora_linear_product_kernel[(tiles_m * triton.cdiv(n, block_n),)](

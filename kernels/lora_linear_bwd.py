@@ -95,5 +95,6 @@ def lora_linear_bwd_reduce_kernel(
         tl.store(grad_bias_ptr + cols, sums.to(grad_bias_ptr.dtype.element_ty), mask=valid)
     if dots_ptr is not None:
         dots = sum_planes(dots_ptr, 0, chunks, d, cols, valid)
-        dots /= tl.load(gain_ptr + cols, mask=valid, other=1.0).to(tl.float32)
+        gain = tl.load(gain_ptr + cols, mask=valid, other=1.0).to(tl.float32)
+        dots = tl.where(gain == 0, float("nan"), dots / gain)  # there y holds nothing but the rounding of bias
         tl.store(grad_gain_ptr + cols, dots.to(grad_gain_ptr.dtype.element_ty), mask=valid)
