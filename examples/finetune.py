@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--methods", nargs="+", choices=adapt.METHODS, default=list(adapt.METHODS), metavar="METHOD", help="default: all")
     option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
-    option("--steps", type=positive, default=70, help="training steps a run (default: %(default)s)")
+    option("--steps", type=positive, default=40, help="training steps a run (default: %(default)s)")
     option("--batch-size", type=positive, default=32, help="sentences a step (default: %(default)s)")
     option("--rank", type=positive, default=48, help="width of the bottleneck; the model's is 384 (default: %(default)s)")
     option("--lora-rank", type=positive, default=16, help="rank of LoRA (default: %(default)s)")
