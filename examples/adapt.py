@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ class Method(NamedTuple):
     title: str
     lr: float
     attach: Callable[[nn.Module, nn.Module, int], None] | None = None  # (BERT layer, adapter modules, rank)
+    rank: str = "rank"  # the option that sets it
+    random: bool = False  # two runs draw different masks
 
 
 # The encoder's own activation. It is smooth: where ReLU's kink lies between two roundings, two runs soon drift apart.
@@ -47,6 +50,18 @@ def _beside_ffn(layer: nn.Module, modules, r: int) -> None:
     layer.intermediate, layer.output.dense = modules.ParallelAdapter(ffn, adapter), nn.Identity()
 
 
+def _lora(layer: nn.Module, modules, r: int, on=("attention.self.query", "attention.self.value"), **options) -> None:
+    """``on`` names the linear layers; None takes them all."""
+    for name in on or [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]:
+        parent, _, last = name.rpartition(".")
+        owner = layer.get_submodule(parent)
+        setattr(owner, last, modules.LoRALinear(getattr(owner, last), r, **options).train())
+
+
+def _method_of_lora(title: str, lr: float, random: bool = False, **options) -> Method:
+    return Method(title, lr, partial(_lora, **options), "lora_rank", random)
+
+
 METHODS = {
     "full": Method("full fine-tuning", 1e-4),
     "head": Method("head only", 2e-2),
@@ -54,6 +69,10 @@ METHODS = {
     "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 1e-3, _after_both),
     "skip": Method("standard with a learned skip connection, skip_weight * x", 2e-3, _skip),
     "parallel": Method("a bottleneck beside the FFN, scale 4 (He et al. 2022)", 1e-3, _beside_ffn),
+    "lora": _method_of_lora("LoRA on queries and values (Hu et al. 2021)", 3e-3),
+    "lora-drop": _method_of_lora("LoRA on queries and values, dropout 0.1", 3e-3, random=True, dropout=0.1),
+    "dora": _method_of_lora("DoRA on queries and values (Liu et al. 2024)", 3e-3, dora=True),
+    "lora-all": _method_of_lora("LoRA on all linear layers", 1e-3, on=None),
 }
 
 
@@ -84,26 +103,26 @@ def load(folder: Path):
 def build(encoder: nn.Module, method: str, modules=plain, *, r: int = 48, seed: int = 0) -> Classifier:
     """A classifier on a copy of ``encoder`` with the adapters of ``method``; what stays frozen is shared, not copied.
 
-    Dropout is off, so that two runs on the same batches differ by rounding alone.
+    The encoder's dropout is off, so that two runs on the same batches differ by rounding alone, or by the masks of LoRA's.
     """
     full = method == "full"
     shared = {} if full else {id(p): p for p in encoder.requires_grad_(False).parameters()}
     encoder = copy.deepcopy(encoder, shared).requires_grad_(full)
     torch.manual_seed(seed)
-    model = Classifier(encoder)
+    model = Classifier(encoder).eval()
     if attach := METHODS[method].attach:
         for layer in encoder.encoder.layer:
             attach(layer, modules, r)
-    return model.eval()
+    return model
 
 
 def pair(encoder: nn.Module, method: str, modules, *, r: int = 48, seed: int = 0) -> dict[str, Classifier]:
-    """The classifier with ``modules`` and with plain PyTorch modules of the same weights; one where there is no adapter."""
+    """The classifier with ``modules`` and with those of ``plain`` of the same weights; one where there is no adapter."""
     ours = build(encoder, method, modules, r=r, seed=seed)
     if METHODS[method].attach is None:
         return {"plain": ours}
     theirs = build(encoder, method, plain, r=r, seed=seed)
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(plain.translated(ours.state_dict()))
     return {"fastadapt": ours, "plain": theirs}
 
 

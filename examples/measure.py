@@ -87,6 +87,8 @@ class Run:
 
     @torch.no_grad()
     def accuracy(self, batches: Iterable[Batch]) -> float:
+        """The share of right answers. Ends the training: adapters leave training mode."""
+        self.model.eval()
         right = total = 0
         for batch in batches:
             right += (self.model(batch.input_ids, batch.attention_mask).argmax(-1) == batch.labels).sum().item()
@@ -114,3 +116,10 @@ def speed_up(ours: Run, theirs: Run) -> float:
 def loss_difference(ours: Run, theirs: Run) -> float:
     """The largest distance between the two runs' losses at any step."""
     return max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
+
+
+def curve_difference(ours: Run, theirs: Run, steps: int = 10) -> float:
+    """The largest distance between the two curves, the mean losses of ``steps`` steps at a time: for runs with other masks."""
+    differences = [a - b for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    pieces = [differences[i : i + steps] for i in range(0, max(1, len(differences) - steps + 1), steps)]
+    return max(abs(statistics.fmean(piece)) for piece in pieces)

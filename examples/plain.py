@@ -1,6 +1,6 @@
-"""The adapters of the demo as plain PyTorch modules, op by op: what ``fastadapt.nn`` is compared with.
+"""What ``fastadapt.nn`` is compared with: bottlenecks as plain PyTorch modules, op by op, and the LoRA layers of ``peft``.
 
-Attributes have the names of ``fastadapt.nn``, so that a ``state_dict`` of one loads into the other.
+The plain modules' attributes have the names of ``fastadapt.nn``, so that a ``state_dict`` of one loads into the other.
 """
 
 import torch
@@ -46,3 +46,24 @@ class ParallelAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.adapter(x, residual=self.layer(x))
+
+
+def LoRALinear(base: nn.Linear, r: int, *, alpha: float = 16, dropout: float = 0.0, dora: bool = False) -> nn.Module:
+    """The layer of the library ``peft`` around ``base``."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=["layer"])
+    return get_peft_model(nn.ModuleDict({"layer": base}), config).base_model.model["layer"]
+
+
+NAMES_OF_PEFT = {
+    ".base.": ".base_layer.", ".lora_A.": ".lora_A.default.", ".lora_B.": ".lora_B.default.",
+    ".magnitude": ".lora_magnitude_vector.default.weight",
+}  # fmt: skip
+
+
+def translated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ``state_dict`` of a model with ``fastadapt.nn`` under the names of one with these modules."""
+    for ours, theirs in NAMES_OF_PEFT.items():
+        state = {name.replace(ours, theirs): value for name, value in state.items()}
+    return state

@@ -11,7 +11,9 @@ HEADER = (
     f"{'fastadapt':>12}{'plain':>8}{'fastadapt':>12}{'plain':>8}{'speed-up':>11}"
 )
 LEGEND = """\
-loss diff.  largest difference between the losses of the two runs at any step, on the same batches from the same weights
+plain       the same method as plain PyTorch modules, LoRA and DoRA as layers of peft
+loss diff.  largest difference between the losses of the two runs at any step, on the same batches from the same weights;
+            with dropout, where the masks differ, between means of ten steps
 ms a step   median of forward, backward and AdamW; the two runs take turns on every batch
 peak MiB    most that a step's activations, gradients, temporaries and AdamW moments hold together, weights left out,
             on the longest batch, counted at PyTorch's allocator
@@ -60,12 +62,12 @@ def plot(rows: Iterable[Row], path: Path, title: str) -> None:
     )
     places = range(len(rows))
     for axis, name, values in bars:
-        axis.bar([i - 0.2 for i in places], [plain for _, plain in values], 0.4, label="plain PyTorch", color="#9aa5b1")
+        axis.bar([i - 0.2 for i in places], [plain for _, plain in values], 0.4, label="plain PyTorch or peft", color="#9aa5b1")
         axis.bar([i + 0.2 for i in places], [fast or 0 for fast, _ in values], 0.4, label="fastadapt", color="#1f77b4")
         axis.set_xticks(places, [row.method for row in rows], rotation=30)
         axis.set_title(name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
-    for row, marker in zip(rows, "ovs^DX*P", strict=False):
+    for row, marker in zip(rows, "ovs^DX*Ph<", strict=False):
         axes[2].plot(row.trainable, 100 * row.accuracy, marker, label=row.method, markersize=8)
     axes[2].legend()
     axes[2].set_xscale("log")

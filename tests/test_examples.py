@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 import fastadapt.nn  # noqa: E402
 from examples import adapt, data, fetch, finetune, measure, plain, report  # noqa: E402
 
@@ -21,6 +22,7 @@ from .accuracy import assert_within_reference_error  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = [name for name, method in adapt.METHODS.items() if method.attach]
+OURS = fastadapt.nn.BottleneckAdapter | fastadapt.nn.LoRALinear
 
 
 class WordTokenizer:
@@ -104,17 +106,27 @@ def test_both_runs_agree_and_learn(encoder, corpus, method):
     train, test = data.read(corpus)
     tokens = data.Tokens(train, WordTokenizer())
     models = adapt.pair(encoder, method, fastadapt.nn, r=8, seed=1)
-    assert any(isinstance(module, fastadapt.nn.BottleneckAdapter) for module in models["fastadapt"].modules())
-    assert not any(isinstance(module, fastadapt.nn.BottleneckAdapter) for module in models["plain"].modules())
+    assert any(isinstance(module, OURS) for module in models["fastadapt"].modules())
+    assert not any(isinstance(module, OURS) for module in models["plain"].modules())
     runs = {name: measure.Run(model, 1e-2, 10) for name, model in models.items()}
     measure.train(list(runs.values()), tokens.training(32, 10, 0))
     ours, theirs = runs["fastadapt"], runs["plain"]
     assert ours.losses[0] == pytest.approx(theirs.losses[0], abs=1e-6)
-    assert measure.loss_difference(ours, theirs) <= 1e-3
+    if adapt.METHODS[method].random:
+        assert measure.loss_difference(ours, theirs) > 1e-4 and measure.curve_difference(ours, theirs) <= 0.05
+    else:
+        assert measure.loss_difference(ours, theirs) <= 1e-3
     assert ours.losses[-1] < ours.losses[0] - 0.05
     assert len(ours.seconds) == len(theirs.seconds) == 10 and measure.speed_up(ours, theirs) > 0
     batches = list(data.Tokens(test, WordTokenizer()).in_order(8))
-    assert ours.accuracy(batches) == theirs.accuracy(batches)
+    assert adapt.METHODS[method].random or ours.accuracy(batches) == theirs.accuracy(batches)
+
+
+def test_curves_are_compared_by_means_of_steps():
+    runs = measure.Run(nn.Linear(1, 1), 1e-3, 1), measure.Run(nn.Linear(1, 1), 1e-3, 1)
+    runs[0].losses, runs[1].losses = [1.0, 3.0, 2.0, 2.5, 9.0], [3.0, 1.0, 2.0, 2.0, 0.0]
+    assert measure.curve_difference(*runs, steps=2) == 0.25  # what is left over at the end is no curve
+    assert measure.curve_difference(*runs) == pytest.approx(9.5 / 5)  # fewer steps than a piece has
 
 
 @pytest.mark.parametrize(
@@ -139,6 +151,10 @@ def test_the_plain_modules_are_the_same_function(options):
         ("houlsby", 12 * (2 * 384 * 48 + 48 + 384)),
         ("skip", 6 * (2 * 384 * 48 + 48 + 384 + 384)),
         ("parallel", 6 * (2 * 384 * 48 + 48 + 384)),
+        ("lora", 6 * 2 * 48 * 2 * 384),
+        ("lora-drop", 6 * 2 * 48 * 2 * 384),
+        ("dora", 6 * 2 * (48 * 2 * 384 + 384)),
+        ("lora-all", 6 * 48 * (4 * 2 * 384 + 2 * (384 + 1))),
     ],
 )  # fmt: skip
 def test_trainable_parameters(method, parameters):
@@ -255,14 +271,16 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     monkeypatch.setattr(adapt, "load", lambda folder: (encoder, WordTokenizer()))
     picture = tmp_path / "out" / "table.png"
     threads = torch.get_num_threads()
-    options = ["--steps", "3", "--batch-size", "8", "--rank", "4", "--backend", "reference", "--threads", str(threads)]
+    options = ["--steps", "3", "--batch-size", "8", "--rank", "4", "--lora-rank", "3", "--threads", str(threads)]
+    options += ["--backend", "reference"]
     assert finetune.main([*options, "--device", "cpu", "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.split() and line.split()[0] in adapt.METHODS}
     assert list(rows) == list(adapt.METHODS)
     assert rows["full"][4] == rows["head"][-1] == "-"
-    assert all(float(rows[name][4]) <= 1e-3 and float(rows[name][-1]) > 0 for name in ADAPTERS)
-    assert "reference" in printed and picture.read_bytes().startswith(b"\x89PNG")
+    allowed = {name: 5e-2 if adapt.METHODS[name].random else 1e-3 for name in ADAPTERS}
+    assert all(float(rows[name][4]) <= allowed[name] and float(rows[name][-1]) > 0 for name in ADAPTERS)
+    assert printed.count("reference") == 2 and picture.read_bytes().startswith(b"\x89PNG")
     # Methods of one name, one row.
     assert finetune.main([*options, "--device", "cpu", "--methods", "head", "head"]) == 0
     assert len(re.findall("^head ", capsys.readouterr().out, re.MULTILINE)) == 1
@@ -270,7 +288,7 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--steps", "0"], "must be at least 1, got 0"), (["--methods", "lora"], "'lora'"), (["--domain", "books"], "'books'")],
+    [(["--steps", "0"], "must be at least 1, got 0"), (["--methods", "ia3"], "'ia3'"), (["--domain", "books"], "'books'")],
 )  # fmt: skip
 def test_bad_options(options, message, capsys):
     with pytest.raises(SystemExit):
