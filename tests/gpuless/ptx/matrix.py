@@ -184,7 +184,8 @@ def decode_wgmma(ins):
     def step(state, mask):
         if mask is not None:
             raise Refused(f"only some warps execute {ins.text}")
-        {"fence": state.matrices.order, "commit_group": state.matrices.commit}.get(what, lambda: state.matrices.wait(count))()
+        core = state.matrices
+        {"fence": lambda: core.order(ins.number), "commit_group": core.commit}.get(what, lambda: core.wait(count))()
 
     return step
 
@@ -236,7 +237,8 @@ class Asynchronous:
         self.unfenced, self.reading = np.zeros(size // 2 + 8, np.int32), np.zeros(size // 2 + 8, np.int16)
         self.open, self.groups = [], []
         self.results, self.unfinished = {}, {}  # by register: the value to come, and how many products write it
-        self.ordered = {}  # by register: the value that the last wgmma.fence saw
+        self.ordered, self.before = {}, {}  # by register: the value that the last wgmma.fence saw, and the one before it
+        self.last_fence = None
 
     def stored(self, addresses, size, warps, text):
         inside = addresses >= self.start_address
@@ -288,15 +290,17 @@ class Asynchronous:
             lines = np.unique(mine.ravel() >> 4) << 4  # layouts move 16 bytes at a time
             self.state.hazards.note(lines, 16, np.full(len(lines), first + 32 * warp), None, text, asynchronous=True)
 
-    def order(self):
+    def order(self, number):
         """wgmma.fence: what other instructions wrote to registers is there for the products that follow."""
-        self.ordered = dict(enumerate(self.state.registers))
+        self.before, self.ordered, self.last_fence = self.ordered, dict(enumerate(self.state.registers)), number
 
     def start(self, target, product, add, sources, cells, text):
         registers = self.state.registers
         for index in (*target, *sources):
             if registers[index] is not IN_FLIGHT and self.ordered.get(index) is not registers[index]:
                 raise Fault(f"a register was written since the last wgmma.fence: {text}")
+            if registers[index] is not IN_FLIGHT and self.before.get(index) is not registers[index]:
+                self.state.hazards.useful_fences.add(self.last_fence)
         for index, values in zip(target, product):
             before = self.results[index] if registers[index] is IN_FLIGHT else registers[index]
             sums = values + before.view(np.float32) if add.all() else np.where(add, values + before.view(np.float32), values)
@@ -321,7 +325,7 @@ class Asynchronous:
                 for index in target:
                     self.unfinished[index] -= 1
                     if not self.unfinished[index]:
-                        self.state.registers[index] = self.ordered[index] = self.results[index]
+                        self.state.registers[index] = self.ordered[index] = self.before[index] = self.results[index]
 
     def kernel_ends(self):
         if self.open or any(self.groups):
