@@ -47,7 +47,7 @@ class Hazards:
         self.memory, self.threads = memory, threads
         self.trace = [] if trace else None  # (of a warp or a block, number of the barrier, who met there, accesses)
         self.landings = []  # (copy, how many lanes, number of the barriers before it landed)
-        self.useful_fences = set()  # numbers of those that made a store visible
+        self.useful_fences = set()  # numbers of those that made a store, or a register, visible
         self.barriers = 0
         self.owner = np.zeros(len(memory.data) >> CELL, np.int32)
         self.in_warps, self.in_blocks, self.in_launch = [], [], []

@@ -182,7 +182,8 @@ def decode_wgmma(ins):
     def step(state, mask):
         if mask is not None:
             raise Refused(f"only some warps execute {ins.text}")
-        {"fence": state.matrices.order, "commit_group": state.matrices.commit}.get(what, lambda: state.matrices.wait(count))()
+        core = state.matrices
+        {"fence": lambda: core.order(ins.number), "commit_group": core.commit}.get(what, lambda: core.wait(count))()
 
     return step
 
@@ -234,8 +235,9 @@ class Asynchronous:
         self.unfenced, self.reading = np.zeros(size // 2 + 8, np.int32), np.zeros(size // 2 + 8, np.int16)
         self.open, self.groups = [], []
         self.results, self.unfinished = {}, {}  # by register: the value to come, and how many products write it
-        self.ordered = {}  # by register: the value that the last wgmma.fence saw
+        self.ordered, self.before = {}, {}  # by register: the value that the last wgmma.fence saw, and the one before it
         self.seen = set()  # where those values lie: a move behind the fence, as LLVM places it for ptxas to order, keeps that
+        self.last_fence = None
 
     def stored(self, addresses, size, warps, text):
         inside = addresses >= self.start_address
@@ -287,9 +289,9 @@ class Asynchronous:
             lines = np.unique(mine.ravel() >> 4) << 4  # layouts move 16 bytes at a time
             self.state.hazards.note(lines, 16, np.full(len(lines), first + 32 * warp), None, text, asynchronous=True)
 
-    def order(self):
+    def order(self, number):
         """wgmma.fence: what other instructions wrote to registers is there for the products that follow."""
-        self.ordered = dict(enumerate(self.state.registers))
+        self.before, self.ordered, self.last_fence = self.ordered, dict(enumerate(self.state.registers)), number
         self.seen = {place(value) for value in self.state.registers if isinstance(value, np.ndarray)}
 
     def start(self, target, product, add, sources, cells, text):
@@ -298,6 +300,8 @@ class Asynchronous:
             value = registers[index]
             if value is not IN_FLIGHT and self.ordered.get(index) is not value and place(value) not in self.seen:
                 raise Fault(f"a register was written since the last wgmma.fence: {text}")
+            if value is not IN_FLIGHT and self.before.get(index) is not value:
+                self.state.hazards.useful_fences.add(self.last_fence)
         for index, values in zip(target, product):
             before = self.results[index] if registers[index] is IN_FLIGHT else registers[index]
             sums = values + before.view(np.float32) if add.all() else np.where(add, values + before.view(np.float32), values)
@@ -322,7 +326,7 @@ class Asynchronous:
                 for index in target:
                     self.unfinished[index] -= 1
                     if not self.unfinished[index]:
-                        self.state.registers[index] = self.ordered[index] = self.results[index]
+                        self.state.registers[index] = self.ordered[index] = self.before[index] = self.results[index]
 
     def kernel_ends(self):
         if self.open or any(self.groups):

@@ -83,7 +83,7 @@ WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "b32":
           "b64": 64, "u64": 64, "s64": 64, "f64": 64}  # fmt: skip
 ENTRY = r"\.entry\s+(%s)\s*\("
 STATEMENT = re.compile(r"\s*(?:([{}])|([$\w]+):(?!:)|([^;]*);)")
-IMMEDIATE = re.compile(r"-?\d+|-?0[xX][0-9a-fA-F]+|0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
+IMMEDIATE = re.compile(r"-?\d+U?|-?0[xX][0-9a-fA-F]+U?|0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
 DYNAMIC_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]\s*;")
 
 
@@ -117,7 +117,7 @@ def split(text: str) -> list[str]:
 def immediate_integer(text: str) -> int:
     if not IMMEDIATE.fullmatch(text) or text[:2] in ("0f", "0F", "0d", "0D"):
         raise Refused(f"{text!r} is not an integer")
-    return int(text, 0)
+    return int(text.removesuffix("U"), 0)
 
 
 class Parser:
@@ -249,7 +249,7 @@ class Parser:
         if re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid", text):
             return Special(text)
         if IMMEDIATE.fullmatch(text):
-            return Immediate(text)
+            return Immediate(text.removesuffix("U"))
         if text in self.labels:
             return Label(text)
         raise Refused(f"operand {text!r}")

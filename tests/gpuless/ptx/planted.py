@@ -15,6 +15,7 @@ ORDERING = (
 
 
 COPIES = ("cp.async.wait_group", "cp.async.commit_group")
+FENCES = ("wgmma.fence", "fence.proxy.async")
 BARRIERS = ("bar.sync", "bar.warp.sync")
 
 
@@ -58,8 +59,8 @@ def without_each(launch: Launch, blocks: int = 2) -> Iterator[Outcome]:
             report = str(fault)
         if instruction in BARRIERS and number not in crossed:
             idle = "no byte is touched before and behind it by two threads, one of which stores"
-        if instruction == "fence.proxy.async" and number not in hazards.useful_fences:
-            idle = "nothing was stored since the fence before it"
+        if instruction in FENCES and number not in hazards.useful_fences:
+            idle = "nothing that follows was stored, or written to a register, since the fence before it"
         reached = instruction not in BARRIERS or number in met
         yield Outcome(instruction, number, report, idle, reached)
     memory.restore(after)
