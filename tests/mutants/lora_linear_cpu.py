@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of lora_b without gain", "missing term", {DORA: GRAD.format("lora_b")},
-        [(ROWS, "product * gain * (static_cast", "product * (static_cast")],
+        [(ROWS, "padded<C>(p.n) + j) * gain : Vec<C>{};", "padded<C>(p.n) + j) : Vec<C>{};")],
         fast=True,
     ),
     Mutant(
@@ -39,11 +39,11 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of the diagonal without scale", "missing term", {DORA: GRAD.format("diagonal")},
-        [(ROWS, "return q.diagonal; }) * static_cast<C>(p.scale);", "return q.diagonal; });")],
+        [(ROWS, "sum(first.diagonal + j) * static_cast<C>(p.scale);", "sum(first.diagonal + j);")],
     ),
     Mutant(
-        "low halves of the numbers twice", "mask off by one", {DROPPED: OUTPUT},
-        [(PHILOX, "(c[w][l] >> 16) >=", "(c[w][l] & 0xFFFF) >=")],
+        "every second word of a counter taken twice", "mask off by one", {DROPPED: OUTPUT},
+        [(PHILOX, "| c[2 * w + 1] << 32;", "| c[2 * w] << 32;")],
     ),
     Mutant(
         "whole vectors written at the tail of a row", "store out of bounds", {ADDRESSES: "heap-buffer-overflow"},
