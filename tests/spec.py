@@ -82,6 +82,7 @@ class OpSpec:
     many: tuple[tuple[Case, tuple[str, ...]], ...] = ()
     tiled: tuple[Case, ...] = ()  # a tile and a bit in every direction; together they reach every key of the tables of tiles
     planted: tuple[Case, ...] = ()  # loops of every kernel run three times, so that each of their barriers and waits counts
+    copies_scattered_rows: bool = False  # on a CPU, where a library multiplies: as torch.nn.functional.linear copies them
     bench_cuda: tuple = ()  # on a GPU in place of ``bench``, whose sizes are bound by launches there
     compiled: tuple[Compiled, ...] = ()  # together they reach every entry of the tables of tiles in kernels/
     autocast: tuple = ()  # arguments that autocast casts; the other ones keep their dtype

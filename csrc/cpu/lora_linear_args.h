@@ -38,7 +38,7 @@ struct Kernel {
   // grad_x = dropout(grad_u @ a), what the frozen product is added to; and the sums over one segment of the rows.
   void (*backward)(const Problem&, void* thread, const Segment&, void* partial);
   // Adds what the segments left, in order, and writes the gradients of the parameters: the share `part` of `parts`.
-  void (*reduce)(const Problem&, const void* partials, int64_t segments, int64_t part, int64_t parts);
+  void (*reduce)(const Problem&, void* partials, int64_t segments, int64_t part, int64_t parts);
 };
 
 }  // namespace fastadapt::lora_linear

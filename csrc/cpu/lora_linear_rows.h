@@ -279,20 +279,16 @@ struct Pass : Parameters<T, W> {
                   Store<T, C>{out, n, p.dropped ? t.drawn : nullptr, factor_ld});
   }
 
-  // The sum over the segments, in order, of a vector of the array that get(partial) names.
-  template <class F>
-  static FA_INLINE Vec<C> total(const Problem& p, const void* partials, int64_t segments, int64_t at, F&& get) {
-    const int64_t size = sizes(p).partial;
-    Vec<C> sum = {};
-    for (int64_t i = 0; i < segments; ++i) {
-      Arena arena(static_cast<char*>(const_cast<void*>(partials)) + i * size);
-      sum += load<C>(get(partial(p, arena)) + at);
-    }
-    return sum;
-  }
-
-  static void reduce(const Problem& p, const void* partials, int64_t segments, int64_t part, int64_t parts) {
-    auto sum = [&](int64_t at, auto get) FA_FORCED { return total(p, partials, segments, at, get); };
+  static void reduce(const Problem& p, void* partials, int64_t segments, int64_t part, int64_t parts) {
+    Arena arena(partials);
+    const Partial first = partial(p, arena);
+    // The sum over the segments, in order, of a vector of theirs.
+    auto sum = [&, size = arena.used()](const C* of_first) FA_FORCED {
+      const char* at = reinterpret_cast<const char*>(of_first);
+      Vec<C> total = {};
+      for (int64_t i = 0; i < segments; ++i, at += size) total += load<C>(reinterpret_cast<const C*>(at));
+      return total;
+    };
     auto each = [&](int64_t columns, auto f) FA_FORCED {
       const int64_t vectors = ceil_div(columns, L);
       for (int64_t v = vectors * part / parts; v < vectors * (part + 1) / parts; ++v) f(v * L, columns - v * L);
@@ -300,27 +296,26 @@ struct Pass : Parameters<T, W> {
     if (p.wants[grad_a])
       each(p.k, [&](int64_t j, int64_t count) FA_FORCED {
         for (int64_t i = 0; i < p.r; ++i)
-          store_at<C>(static_cast<W*>(p.grads[grad_a]) + i * p.k, j, count,
-                      sum(i * padded<C>(p.k) + j, [](const Partial& q) { return q.a; }));
+          store_at<C>(static_cast<W*>(p.grads[grad_a]) + i * p.k, j, count, sum(first.a + i * padded<C>(p.k) + j));
       });
     each(p.n, [&](int64_t j, int64_t count) FA_FORCED {
       const int64_t some = least(L, count);
       const Vec<C> gain = p.gain.data ? Base::parameter_at(p.gain, 0, j, some) : broadcast<C>(1);
-      for (int64_t i = 0; p.wants[grad_b] && i < p.r; ++i) {
-        const C diagonal = p.diagonal.data ? Base::parameter_at(p.diagonal, 0, i, 1)[0] : 1;
-        const Vec<C> product = sum(i * padded<C>(p.n) + j, [](const Partial& q) { return q.b; });
-        const Vec<C> v = product * gain * (static_cast<C>(p.scale) * diagonal);
-        W* out = static_cast<W*>(p.grads[grad_b]) + j * p.r + i;
-        for (int64_t l = 0; l < some; ++l) store_some<C>(out + l * p.r, broadcast<C>(v[l]), 1);
+      for (int64_t i = 0; p.wants[grad_b] && i < p.r; i += L) {
+        Vec<C> v[L];  // some columns of some ranks, then of each column its ranks
+        for (int64_t t = 0; t < L; ++t) v[t] = i + t < p.r ? sum(first.b + (i + t) * padded<C>(p.n) + j) * gain : Vec<C>{};
+        transpose<C>(v);
+        Vec<C> factor = broadcast<C>(static_cast<C>(p.scale));
+        if (p.diagonal.data) factor *= Base::parameter_at(p.diagonal, 0, i, least(L, p.r - i));
+        for (int64_t t = 0; t < some; ++t)
+          store_at<C>(static_cast<W*>(p.grads[grad_b]) + (j + t) * p.r, i, p.r - i, v[t] * factor);
       }
-      if (p.wants[grad_bias])
-        Base::write(p.bias, p.grads[grad_bias], j, sum(j, [](const Partial& q) { return q.bias; }), some);
-      if (p.wants[grad_gain])
-        Base::write(p.gain, p.grads[grad_gain], j, sum(j, [](const Partial& q) { return q.gain; }) / gain, some);
+      if (p.wants[grad_bias]) Base::write(p.bias, p.grads[grad_bias], j, sum(first.bias + j), some);
+      if (p.wants[grad_gain]) Base::write(p.gain, p.grads[grad_gain], j, sum(first.gain + j) / gain, some);
     });
     if (p.wants[grad_diagonal])
       each(p.r, [&](int64_t j, int64_t count) FA_FORCED {
-        const Vec<C> v = sum(j, [](const Partial& q) { return q.diagonal; }) * static_cast<C>(p.scale);
+        const Vec<C> v = sum(first.diagonal + j) * static_cast<C>(p.scale);
         Base::write(p.diagonal, p.grads[grad_diagonal], j, v, least(L, count));
       });
   }

@@ -10,20 +10,33 @@ struct Dropout {
   double scale;        // of what stays
 };
 
-// Columns that one vector of counters serves: a counter gives eight.
-constexpr int64_t drawn_columns = 8 * FA_LANES;
+// One 32-bit word of a counter in each lane of 64 bits; what the upper halves hold means nothing.
+typedef uint64_t Words __attribute__((vector_size(4 * FA_LANES)));
 
-// The next seven rounds of Philox4x32, in every lane.
-FA_INLINE void philox(uint64_t seed, uint32_t (&c)[4][FA_LANES]) {
+// Columns that one vector of counters serves: a counter gives eight.
+constexpr int64_t drawn_columns = 4 * FA_LANES;
+
+// The product of the lower halves.
+FA_INLINE Words product(Words a, uint32_t b) {
+#if defined(__AVX512F__) && FA_LANES == 16
+  return bit_cast<Words>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__) && FA_LANES == 8
+  return bit_cast<Words>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#else
+  return (a & 0xFFFFFFFFu) * b;
+#endif
+}
+
+// Seven rounds of Philox4x32.
+FA_INLINE void philox(uint64_t seed, Words (&c)[4]) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 7
   for (int round = 0; round < 7; ++round) {
-    for (int l = 0; l < FA_LANES; ++l) {
-      const uint64_t p0 = static_cast<uint64_t>(c[0][l]) * 0xD2511F53u, p1 = static_cast<uint64_t>(c[2][l]) * 0xCD9E8D57u;
-      c[0][l] = static_cast<uint32_t>(p1 >> 32) ^ c[1][l] ^ key0;
-      c[1][l] = static_cast<uint32_t>(p1);
-      c[2][l] = static_cast<uint32_t>(p0 >> 32) ^ c[3][l] ^ key1;
-      c[3][l] = static_cast<uint32_t>(p0);
-    }
+    const Words p0 = product(c[0], 0xD2511F53u), p1 = product(c[2], 0xCD9E8D57u);
+    c[0] = p1 >> 32 ^ c[1] ^ key0;
+    c[1] = p1;
+    c[2] = p0 >> 32 ^ c[3] ^ key1;
+    c[3] = p0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
@@ -33,21 +46,21 @@ FA_INLINE void philox(uint64_t seed, uint32_t (&c)[4][FA_LANES]) {
 // round_up(count, drawn_columns).
 template <class C>
 void dropout_factors(const Dropout& drop, int64_t row, int64_t first, int64_t count, C* out) {
+  constexpr int counters = FA_LANES / 2;
   const C scale = static_cast<C>(drop.scale);
   for (int64_t j = 0; j < count; j += drawn_columns) {
-    uint32_t c[4][FA_LANES];
-    for (int l = 0; l < FA_LANES; ++l) {
-      c[0][l] = static_cast<uint32_t>((first + j) / 8 + l);
-      c[1][l] = static_cast<uint32_t>(row);
-      c[2][l] = static_cast<uint32_t>(row >> 32);
-      c[3][l] = 0;
-    }
+    Words block = {};
+    for (int l = 0; l < counters; ++l) block[l] = (first + j) / 8 + l;
+    Words c[4] = {block, Words{} + (row & 0xFFFFFFFF), Words{} + (row >> 32), Words{}};
     philox(drop.seed, c);
-    for (int l = 0; l < FA_LANES; ++l)
-      for (int w = 0; w < 4; ++w) {
-        out[j + 8 * l + 2 * w] = (c[w][l] & 0xFFFF) >= drop.threshold ? scale : 0;
-        out[j + 8 * l + 2 * w + 1] = (c[w][l] >> 16) >= drop.threshold ? scale : 0;
-      }
+    Words pair[2];
+    for (int w = 0; w < 2; ++w) pair[w] = (c[2 * w] & 0xFFFFFFFFu) | c[2 * w + 1] << 32;
+    uint64_t words[2 * counters];  // the columns of a counter one behind the other, 16 bits each
+    for (int l = 0; l < counters; ++l)
+      for (int w = 0; w < 2; ++w) words[2 * l + w] = pair[w][l];
+    uint16_t numbers[drawn_columns];
+    memcpy(numbers, words, sizeof numbers);
+    for (int64_t i = 0; i < drawn_columns; ++i) out[j + i] = numbers[i] >= drop.threshold ? scale : 0;
   }
 }
 

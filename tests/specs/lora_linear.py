@@ -212,6 +212,7 @@ NUMERICS = Numerics(
         case("dora-rows", shape=(130, 70), n=45, r=20, dora=True, **EVERYTHING),
         case("long-ranks", shape=(140, 60), n=50, r=1000),
         case("columns-of-some-rows", shape=(270, 1500), n=300, r=132, scale="0-d"),
+        case("segments-of-two-blocks", shape=(450, 40), n=30, r=30, dropout=0.2, **EVERYTHING),
     ),
     fuzz=fuzz,
 )
@@ -246,6 +247,7 @@ SPEC = OpSpec(
     bwd_leaf_args=bwd_leaf_args,
     bwd_outputs=("x", "weight", "bias", "lora_a", "lora_b", "diagonal", "magnitude"),
     activations=("x",),
+    copies_scattered_rows=True,
     autocast=("x", "weight", "bias"),
     cases=CASES,
     bench=(
