@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
 // Rows of a segment in backward. Each leaves sums as large as the adapter's weights, so it has more rows than these; and since
 // the sums must not depend on the number of threads, neither does it.
 int64_t chunks(const Problem& p) {
-  const int64_t rows = std::max<int64_t>(32, std::min(std::max<int64_t>(4 * p.r, p.m / 32), p.m / 4));
+  const int64_t rows = std::max<int64_t>(32, std::min(std::max<int64_t>(8 * p.r, p.m / 32), p.m / 4));
   return std::max<int64_t>(1, p.m / rows);
 }
 

@@ -38,7 +38,7 @@ MUTANTS = (
         [(ROWS, "Store<T, C>{out, n, p.dropped ? t.drawn : nullptr, factor_ld}", "Store<T, C>{out, n, nullptr, factor_ld}")],
     ),
     Mutant(
-        "gradient of the diagonal without scale", "missing term", {DORA: GRAD.format("diagonal")},
+        "gradient of the diagonal without scale", "missing term", {native("diagonal"): GRAD.format("diagonal")},
         [(ROWS, "sum(first.diagonal + j) * static_cast<C>(p.scale);", "sum(first.diagonal + j);")],
     ),
     Mutant(
@@ -46,7 +46,8 @@ MUTANTS = (
         [(PHILOX, "| c[2 * w + 1] << 32;", "| c[2 * w] << 32;")],
     ),
     Mutant(
-        "whole vectors written at the tail of a row", "store out of bounds", {ADDRESSES: "heap-buffer-overflow"},
+        "whole vectors written at the tail of a row", "store out of bounds",
+        {ADDRESSES: "AddressSanitizer: (heap-buffer-overflow|unknown-crash)"},
         [(ROWS, "if (j + NV * L <= columns && !factors) {", "if (!factors) {")],
     ),
     Mutant(
