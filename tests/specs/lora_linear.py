@@ -268,7 +268,7 @@ SPEC = OpSpec(
         case("wide-weight", shape=(40, 70_000), n=70_000, r=64, **ALL),
     ),
     tiled=(
-        case("r7", shape=(131, 72), n=264, r=7, **ALL),
+        case("r7", shape=(131, 72), n=136, r=7, **ALL),
         *(case(f"r{r}", shape=(67, 136), n=72, r=r, **ALL) for r in (20, 100, 130)),
         case("r48-of-odd-widths", shape=(67, 131), n=75, r=48, **ALL),
     ),
