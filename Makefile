@@ -9,7 +9,7 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 # GPUs; all other tests; and in the strict interpreter the battery, the tests of each op and those of the interpreter.
 OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
 GPULESS := $(wildcard tests/test_cuda*.py tests/test_cpu*.py tests/test_ptx.py tests/test_triton*.py tests/test_mutants.py)
-INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%.py) tests/test_strict_interpreter*.py)
+INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%*.py) tests/test_strict_interpreter*.py)
 MARKS := not slow
 
 # Targets that begin with test- expect that all is set up.

@@ -276,5 +276,6 @@ SPEC = OpSpec(
         case("looped", shape=(720, 200), n=6000, r=20, **ALL),
         case("looped-high-rank", shape=(1100, 1000), n=40, r=50, **ALL),
     ),
-    large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), n=64, r=16, **ALL),
+    # Compared a part of the rows at a time, which dropout would draw anew.
+    large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), n=64, r=16, **{**ALL, "dropout": 0.0}),
 )
