@@ -68,6 +68,8 @@ Call read(const Arguments& a, const Reader& reader) {
   p.bias = reader.parameter("bias", a.bias, p.n, false);
   p.diagonal = reader.parameter("diagonal", a.diagonal, p.r, false);
   p.gain = reader.parameter("gain", a.gain, p.n, false);
+  FA_CHECK(p.r > 0, "lora_linear: lora_a must have at least one row");
+  FA_CHECK(std::isfinite(a.scale), "lora_linear: scale must be finite, got ", a.scale);
   FA_CHECK(a.dropout_p >= 0 && a.dropout_p < 1, "lora_linear: dropout_p must lie in [0, 1), got ", a.dropout_p);
   p.dropped = static_cast<uint32_t>(std::nearbyint(a.dropout_p * 65536));
   FA_CHECK(p.dropped < 65536, "lora_linear: dropout_p must leave one element of 65536, got ", a.dropout_p);

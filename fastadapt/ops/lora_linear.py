@@ -257,34 +257,50 @@ def lora_linear(
 
     Rounding, with a 16-bit ``x``: the output and the gradients once, at their end. Matrix units (every GPU backend) also round
     what they multiply to the dtype of ``x``: float32 parameters, ``scale * diagonal * u``; in backward ``gain * grad_y``, and
-    the gradient of ``u``. The rows of ``y`` don't depend on each other.
+    the gradient of ``u``. On a CPU PyTorch's own product of ``x`` and ``weight`` (which copies rows that form no matrix) is
+    added to the LoRA branch after that is rounded, and in backward to the branch's gradient of ``x``. The rows of ``y`` don't
+    depend on each other.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.
     """
-    given = (x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal)
     packed = weight if is_packed(weight) else None
     if isinstance(x, Tensor):
-        given = *_frozen_layer(x, weight, bias), *given[3:]
-        x = given[0]
-    _check(*given)
-    if isinstance(scale, (int, float)) and torch.compiler.is_compiling():
+        x, weight, bias = _frozen_layer(x, weight, bias)
+    given = (x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal)
+    compiling = torch.compiler.is_compiling()
+    # The CPU kernel checks what it gets, and only if it refuses is looked for the argument to blame: small calls feel that.
+    checked = compiling or not isinstance(x, Tensor) or not x.is_cpu or backend not in (None, "native")
+    checked = checked or isinstance(scale, Tensor) or magnitude is not None or lora_bias is not None
+    if checked:
+        _check(*given)
+    if isinstance(scale, (int, float)) and compiling:
         # A tensor, since a number would be compiled in: one graph a value.
         wide = torch.promote_types(x.dtype, torch.float32)
         given = *given[:5], scale * torch.ones((), dtype=wide, device=x.device), *given[6:]
     args = _arguments(*given)
-    name = _fwd.choose(backend, x.device.type, args)
+    name = _fwd.choose(backend, "cpu" if x.is_cpu else x.device.type, args)
     if name == "reference":
+        _check(*given)
         x, weight, bias, lora_a, lora_b, scale, dropout_p, _, magnitude, lora_bias, diagonal = given
         return lora_linear_reference(
             x, weight, bias, lora_a, lora_b, scale=scale, dropout_p=dropout_p, dropout_seed=args[-1], magnitude=magnitude,
             lora_bias=lora_bias, diagonal=diagonal,
         )  # fmt: skip
     *tensors, scale, dropout_p, seed = args
-    if needs_grad(*tensors):
-        return LoRALinear.apply((name, scale, dropout_p, packed), *tensors, seed)
-    return getattr(_fwd, name)(*args)[0]
+    try:
+        if needs_grad(*tensors):
+            return LoRALinear.apply((name, scale, dropout_p, packed), *tensors, seed)
+        return getattr(_fwd, name)(*args)[0]
+    except Exception:
+        if checked:
+            raise
+        try:
+            _check(*given)
+        except (TypeError, ValueError) as error:
+            raise error from None
+        raise
 
 
 lora_linear.leaf, lora_linear.arguments = _fwd, _arguments
