@@ -19,11 +19,11 @@ demo: $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
 
 test: lint $(VENV)/.native
-	$(MAKE) --jobs=2 --output-sync=target test-gpuless test-others test-interpreted
+	$(MAKE) --jobs=2 --keep-going --output-sync=target test-gpuless test-others test-interpreted
 
 # Every proof that needs no GPU, the long ones too.
 verify: lint $(VENV)/.native
-	$(MAKE) --jobs=2 --output-sync=target "MARKS=slow or not slow" test-gpuless test-others test-interpreted
+	$(MAKE) --jobs=2 --keep-going --output-sync=target "MARKS=slow or not slow" test-gpuless test-others test-interpreted
 	$(MAKE) mutants
 
 test-gpuless test-others test-interpreted: export OMP_NUM_THREADS = 1

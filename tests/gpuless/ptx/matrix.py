@@ -292,7 +292,7 @@ class Asynchronous:
     def order(self, number):
         """wgmma.fence: what other instructions wrote to registers is there for the products that follow."""
         self.before, self.ordered, self.last_fence = self.ordered, dict(enumerate(self.state.registers)), number
-        self.seen = {place(value) for value in self.state.registers if isinstance(value, np.ndarray)}
+        self.seen = {place(value) for value in self.state.registers} - {None}
 
     def start(self, target, product, add, sources, cells, text):
         registers = self.state.registers
@@ -334,7 +334,7 @@ class Asynchronous:
 
 
 def place(value):
-    return value.__array_interface__["data"][0]
+    return value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else None
 
 
 def descriptor_offsets(descriptor, row, k, wide, transposed, text):
