@@ -134,6 +134,21 @@ def leaves_its_inputs_alone(spec, backend, case, dtype):
         assert torch.equal(t, copies[n]) and t._version == versions[n], f"{n} was written to"
 
 
+def threads_change_no_bit(spec, case, dtype, but=()):
+    """The number of threads of a CPU changes no result, ``but`` those that a library has a part in."""
+    arguments = case.make(dtype, "cpu")
+    grad_y = torch.randn_like(spec.output(arguments))
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(spec.op, arguments, grad_y, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for i, result in enumerate(results):
+        same(result, {n: t for n, t in results[0].items() if n not in but}, f"{i + 1} threads")
+
+
 def subsets(names, every):
     """All subsets but the full one; or so few that of each two arguments each is frozen while the other isn't, and both are."""
     if every:

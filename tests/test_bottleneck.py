@@ -9,6 +9,7 @@ import torch
 import fastadapt
 from fastadapt.ops.bottleneck import _bwd, _fwd
 
+from . import numerics
 from .battery import BACKENDS, DEVICE, check, floats, run, substitute
 from .specs.bottleneck import SPEC
 
@@ -50,15 +51,8 @@ def test_ids_outside_the_bank_give_nan_rows_on_the_device():
 @pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
 @pytest.mark.parametrize("name", ["many-rows", "m65-d129-r48", "everything", "bank-with-everything", "r130"])
 def test_bits_do_not_depend_on_the_number_of_threads(name):
-    arguments = next(case for case in (*SPEC.cases, *SPEC.tiled) if case.name == name).make(torch.float32, "cpu")
-    results, threads = [], torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(run(SPEC.op, arguments, backend="native"))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0][key], other[key]) for other in results[1:] for key in other)
+    case = next(case for case in (*SPEC.cases, *SPEC.tiled) if case.name == name)
+    numerics.threads_change_no_bit(SPEC, case, torch.float32)
 
 
 @pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")

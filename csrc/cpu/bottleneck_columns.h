@@ -271,18 +271,10 @@ struct Columns : Reduce<T, W> {
 
 }  // namespace fastadapt::FA_TARGET::bottleneck
 
-// One kernel a pair of dtypes, for the table of the instruction set.
 namespace fastadapt::bottleneck::FA_TARGET {
 
 Kernel kernel(Dtype dtype, Dtype weight_dtype) {
-  using namespace fastadapt::FA_TARGET::bottleneck;
-  const bool wide = weight_dtype != dtype;  // float32 weights of a 16-bit activation
-  switch (dtype) {
-    case Dtype::float16: return wide ? Columns<Half, float>::kernel() : Columns<Half, Half>::kernel();
-    case Dtype::bfloat16: return wide ? Columns<BFloat16, float>::kernel() : Columns<BFloat16, BFloat16>::kernel();
-    case Dtype::float64: return Columns<double, double>::kernel();
-    default: return Columns<float, float>::kernel();
-  }
+  return fastadapt::FA_TARGET::kernel_of<fastadapt::FA_TARGET::bottleneck::Columns>(dtype, weight_dtype);
 }
 
 }  // namespace fastadapt::bottleneck::FA_TARGET

@@ -311,7 +311,9 @@ struct Pass : Parameters<T, W> {
           store_at<C>(static_cast<W*>(p.grads[grad_b]) + (j + t) * p.r, i, p.r - i, v[t] * factor);
       }
       if (p.wants[grad_bias]) Base::write(p.bias, p.grads[grad_bias], j, sum(first.bias + j), some);
-      if (p.wants[grad_gain]) Base::write(p.gain, p.grads[grad_gain], j, sum(first.gain + j) / gain, some);
+      if (!p.wants[grad_gain]) return;
+      const Vec<C> none = broadcast<C>(__builtin_nan(""));  // where the gain is zero y holds but the rounding of bias
+      Base::write(p.gain, p.grads[grad_gain], j, gain != 0 ? sum(first.gain + j) / gain : none, some);
     });
     if (p.wants[grad_diagonal])
       each(p.r, [&](int64_t j, int64_t count) FA_FORCED {
@@ -325,18 +327,10 @@ struct Pass : Parameters<T, W> {
 
 }  // namespace fastadapt::FA_TARGET::lora_linear
 
-// One kernel a pair of dtypes, for the table of the instruction set.
 namespace fastadapt::lora_linear::FA_TARGET {
 
 Kernel kernel(Dtype dtype, Dtype weight_dtype) {
-  using namespace fastadapt::FA_TARGET::lora_linear;
-  const bool wide = weight_dtype != dtype;  // float32 weights of a 16-bit activation
-  switch (dtype) {
-    case Dtype::float16: return wide ? Pass<Half, float>::kernel() : Pass<Half, Half>::kernel();
-    case Dtype::bfloat16: return wide ? Pass<BFloat16, float>::kernel() : Pass<BFloat16, BFloat16>::kernel();
-    case Dtype::float64: return Pass<double, double>::kernel();
-    default: return Pass<float, float>::kernel();
-  }
+  return fastadapt::FA_TARGET::kernel_of<fastadapt::FA_TARGET::lora_linear::Pass>(dtype, weight_dtype);
 }
 
 }  // namespace fastadapt::lora_linear::FA_TARGET

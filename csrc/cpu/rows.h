@@ -188,4 +188,16 @@ struct Parameters {
   }
 };
 
+// The kernel of a pair of dtypes, for the table of the instruction set: Pass<T, W>::kernel().
+template <template <class, class> class Pass>
+auto kernel_of(Dtype dtype, Dtype weight_dtype) {
+  const bool wide = weight_dtype != dtype;  // float32 weights of a 16-bit activation
+  switch (dtype) {
+    case Dtype::float16: return wide ? Pass<Half, float>::kernel() : Pass<Half, Half>::kernel();
+    case Dtype::bfloat16: return wide ? Pass<BFloat16, float>::kernel() : Pass<BFloat16, BFloat16>::kernel();
+    case Dtype::float64: return Pass<double, double>::kernel();
+    default: return Pass<float, float>::kernel();
+  }
+}
+
 }  // namespace fastadapt::FA_TARGET

@@ -33,13 +33,13 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
     for kind in kinds:
         if kind not in KINDS and not isinstance(kind, type):
             raise ValueError(f"kinds must be types of modules or some of {tuple(KINDS)}, got {kind!r}")
-    model.requires_grad_(False)
-    bases = {p for module in model.modules() if isinstance(module, KINDS["lora"]) for p in module.base.parameters()}
+    wanted = set()
     for kind in kinds:
         found = [module for module in model.modules() if isinstance(module, KINDS.get(kind, kind))]
         if not found:
             raise ValueError(f"model must have a module of the kind {kind!r}, got none")
-        for module in found:
-            for parameter in set(module.parameters()) - bases:
-                parameter.requires_grad_()
+        wanted.update(p for module in found for p in module.parameters())
+    bases = {p for module in model.modules() if isinstance(module, KINDS["lora"]) for p in module.base.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in wanted - bases)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

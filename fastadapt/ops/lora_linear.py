@@ -160,8 +160,6 @@ def _arguments(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, 
     if isinstance(scale, Tensor):
         diagonal = scale.expand(lora_a.shape[:1]) if diagonal is None else scale * diagonal.to(wide)
         scale = 1.0
-    if dropout_p and dropout_seed is None:
-        dropout_seed = dropout.draw_seed(x.device)
     return x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, dropout_seed if dropout_p else None
 
 
@@ -279,6 +277,8 @@ def lora_linear(
         # A tensor, since a number would be compiled in: one graph a value.
         wide = torch.promote_types(x.dtype, torch.float32)
         given = *given[:5], scale * torch.ones((), dtype=wide, device=x.device), *given[6:]
+    if dropout_p and dropout_seed is None:
+        given = *given[:7], dropout.draw_seed(x.device), *given[8:]
     args = _arguments(*given)
     name = _fwd.choose(backend, "cpu" if x.is_cpu else x.device.type, args)
     if name == "reference":

@@ -39,7 +39,7 @@ SANITIZERS = {
 
 @functools.cache
 def builder(sanitizer: str | None = None) -> "Builder":
-    """The builder of this session for a key of ``SANITIZERS``, or for none."""
+    """The builder of this run of the tests for a key of ``SANITIZERS``, or for none."""
     return Builder(*SANITIZERS.get(sanitizer, ()))
 
 
