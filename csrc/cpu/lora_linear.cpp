@@ -39,21 +39,26 @@ struct Arguments {
   const Tensor &lora_a, &lora_b;
   const Optional &diagonal, &gain;
   double scale, dropout_p;
-  const Optional& seed;
+  const Optional &seed, &adapter_ids;
 };
 
 struct Call {
   Problem p;
   std::vector<int64_t> x_offsets, grad_y_offsets, y_offsets;
+  Division rows;  // a segment an adapter
 };
 
-Call read(const Arguments& a, const Reader& reader) {
+Call read(const Arguments& a, Reader& reader) {
   Call call;
   Problem& p = call.p;
+  reader.bank = a.adapter_ids.has_value();
+  FA_CHECK(a.lora_a.dim() == 2 + reader.bank, "lora_linear: lora_a must be (r, k), or a bank (g, r, k) with adapter_ids, got ",
+           shape_of(a.lora_a.sizes()));
+  if (reader.bank) reader.g = a.lora_a.size(0);
   p.m = reader.m;
   p.k = reader.columns;
   p.n = a.weight.size(0);
-  p.r = a.lora_a.size(0);
+  p.r = a.lora_a.size(reader.bank);
   p.scale = a.scale;
   p.dtype = dtype_of(reader.dtype);
   p.weight_dtype = dtype_of(a.lora_a.scalar_type());
@@ -63,10 +68,10 @@ Call read(const Arguments& a, const Reader& reader) {
            toString(a.lora_a.scalar_type()), ", got ", toString(a.lora_b.scalar_type()));
   p.x = reader.rows("x", a.x, p.k, call.x_offsets);
   reader.weight("weight", a.weight, p.n, p.k, false);
-  p.a = reader.weight("lora_a", a.lora_a, p.r, p.k, false);
-  p.b = reader.weight("lora_b", a.lora_b, p.n, p.r, false);
+  p.a = reader.weight("lora_a", a.lora_a, p.r, p.k, true);
+  p.b = reader.weight("lora_b", a.lora_b, p.n, p.r, true);
   p.bias = reader.parameter("bias", a.bias, p.n, false);
-  p.diagonal = reader.parameter("diagonal", a.diagonal, p.r, false);
+  p.diagonal = reader.parameter("diagonal", a.diagonal, p.r, true);
   p.gain = reader.parameter("gain", a.gain, p.n, false);
   FA_CHECK(p.r > 0, "lora_linear: lora_a must have at least one row");
   FA_CHECK(std::isfinite(a.scale), "lora_linear: scale must be finite, got ", a.scale);
@@ -79,6 +84,10 @@ Call read(const Arguments& a, const Reader& reader) {
              "lora_linear: seed must be a 0-d int64 tensor on the CPU where dropout_p is above 0");
     p.seed = *static_cast<const uint64_t*>(a.seed->const_data_ptr());
   }
+  std::vector<int64_t> adapters;
+  if (reader.bank) adapters = reader.adapters(*a.adapter_ids);
+  call.rows.divide(p.m, 1, reader.g, reader.bank ? &adapters : nullptr);
+  if (reader.bank) p.order = call.rows.order.data();
   return call;
 }
 
@@ -103,11 +112,27 @@ void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool a
                              : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
+int64_t bytes_of(ScalarType t) { return t == ScalarType::Double ? 8 : t == ScalarType::Float ? 4 : 2; }
+
+// f(part, segment) for what each part of the rows has of each segment.
+template <class F>
+void each_row(const Call& call, int64_t parts, const F& f) {
+  each_part(parts, [&](int64_t part) {
+    const int64_t begin = call.p.m * part / parts, end = call.p.m * (part + 1) / parts;
+    for (const Segment& s : call.rows.segments)
+      if (s.begin < end && s.end > begin) f(part, Segment{s.adapter, std::max(begin, s.begin), std::min(end, s.end)});
+  });
+}
+
+// Rows up to which threads share the columns of y, lest each packs all of b.
+constexpr int64_t few_rows = 256;
+
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight, const Optional& bias,
                                                const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal,
-                                               const Optional& gain, double scale, double dropout_p, const Optional& seed) {
-  const Reader reader("lora_linear", x);
-  Call call = read({x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed}, reader);
+                                               const Optional& gain, double scale, double dropout_p, const Optional& seed,
+                                               const Optional& adapter_ids) {
+  Reader reader("lora_linear", x);
+  Call call = read({x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids}, reader);
   Problem& p = call.p;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.n;
@@ -118,21 +143,22 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   p.y = y.mutable_data_ptr();
   p.u = u.mutable_data_ptr();
   const Kernel k = kernel(p);
-  const int64_t parts = useful_parts(p.m * p.r * (p.k + p.n) + p.m * p.n, p.m), thread = k.sizes(p).thread;
-  ScratchMemory memory(parts * thread);
-  each_part(parts, [&](int64_t part) {
-    k.forward(p, memory.data() + part * thread, p.m * part / parts, p.m * (part + 1) / parts);
+  const int64_t parts = useful_parts(p.m * p.r * (p.k + p.n) + p.m * p.n, p.m), bytes = k.thread_bytes(p);
+  ScratchMemory memory(parts * bytes);
+  const bool by_columns = p.m <= few_rows && parts > 1;
+  each_row(call, parts, [&](int64_t part, const Segment& s) {
+    k.project(p, memory.data() + part * bytes, s);
+    if (!by_columns) k.expand(p, memory.data() + part * bytes, s, 0, p.n);
   });
+  if (by_columns)
+    each_part(parts, [&](int64_t part) {
+      const int64_t lines = (p.n + 63) / 64, begin = lines * part / parts * 64, end = lines * (part + 1) / parts * 64;
+      for (const Segment& s : call.rows.segments)
+        if (begin < p.n) k.expand(p, memory.data() + part * bytes, s, begin, std::min(p.n, end));
+    });
   multiply(matrix(y, p.m), matrix(x, p.x, p.m), torch::stable::transpose(weight, 0, 1), true);
   if (gain) each_part(parts, [&](int64_t part) { k.finish(p, p.m * part / parts, p.m * (part + 1) / parts); });
   return {y, u};
-}
-
-// Rows of a segment in backward. Each leaves sums as large as the adapter's weights, so it has more rows than these; and since
-// the sums must not depend on the number of threads, neither does it.
-int64_t chunks(const Problem& p) {
-  const int64_t rows = std::max<int64_t>(32, std::min(std::max<int64_t>(8 * p.r, p.m / 32), p.m / 4));
-  return std::max<int64_t>(1, p.m / rows);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -140,10 +166,11 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& y, const Tensor& weight,
                               const Optional& bias, const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal,
                               const Optional& gain, double scale, double dropout_p, const Optional& seed,
-                              std::vector<bool> output_mask) {
-  const Reader reader("lora_linear", x);
-  Call call = read({x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed}, reader);
+                              const Optional& adapter_ids, std::vector<bool> output_mask) {
+  Reader reader("lora_linear", x);
+  Call call = read({x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids}, reader);
   Problem& p = call.p;
+  p.backward = true;
   p.grad_y = reader.rows("grad_y", grad_y, p.n, call.grad_y_offsets);
   FA_CHECK(u.is_cpu() && u.dim() == 2 && u.size(0) == p.m && u.size(1) == p.r && u.is_contiguous() &&
                u.scalar_type() == (p.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
@@ -162,22 +189,26 @@ Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tenso
     FA_CHECK(!p.wants[i] || inputs[i], "lora_linear: output_mask[", i, "] asks for the gradient of an argument that is None");
     grads[i] = p.wants[i] ? empty(inputs[i]->sizes(), *inputs[i]) : empty({&none, 1}, x);
     p.grads[i] = grads[i].mutable_data_ptr();
+    // An adapter without rows gets zeros.
+    if (p.wants[i] && (reader.bank || p.m == 0)) memset(p.grads[i], 0, grads[i].numel() * bytes_of(grads[i].scalar_type()));
   }
   const bool products = p.wants[grad_x] || p.wants[grad_weight];
   const Optional scaled = gain && products ? Optional(empty(grad_y.sizes(), grad_y)) : Optional();
   if (scaled) p.scaled_grad_y = scaled->mutable_data_ptr();
   const Kernel k = kernel(p);
-  const Sizes sizes = k.sizes(p);
-  Division rows;
-  rows.divide(p.m, chunks(p), 1, nullptr);
-  const int64_t segments = rows.segments.size();
-  const int64_t parts = useful_parts(3 * p.m * p.r * (p.k + p.n), std::max<int64_t>(1, segments));
-  ScratchMemory memory(parts * sizes.thread + segments * sizes.partial);
-  char* const partials = memory.data() + parts * sizes.thread;
-  rows.each_segment(parts, [&](int64_t part, int64_t i, const Segment& s) {
-    k.backward(p, memory.data() + part * sizes.thread, s, partials + i * sizes.partial);
+  const int64_t parts = useful_parts(3 * p.m * p.r * (p.k + p.n), std::max<int64_t>(1, (p.k + p.n) / 64));
+  const int64_t bytes = k.thread_bytes(p), ranks = (p.m * p.r * bytes_of(u.scalar_type()) + 63) / 64 * 64;
+  const bool hidden = p.wants[grad_x] || p.wants[grad_a] || p.wants[grad_diagonal];
+  ScratchMemory memory(parts * bytes + hidden * ranks + reader.bank * ranks);
+  char* const after = memory.data() + parts * bytes;
+  p.t = hidden ? after : nullptr;
+  p.v = reader.bank ? after + hidden * ranks : p.u;
+  if (hidden || reader.bank)
+    each_row(call, parts, [&](int64_t part, const Segment& s) { k.project(p, memory.data() + part * bytes, s); });
+  const std::vector<Segment>& segments = call.rows.segments;
+  each_part(parts, [&](int64_t part) {
+    k.gradients(p, memory.data() + part * bytes, segments.data(), segments.size(), part, parts);
   });
-  each_part(parts, [&](int64_t part) { k.reduce(p, partials, segments, part, parts); });
   if (products) {
     const Tensor g = scaled ? matrix(*scaled, p.m) : matrix(grad_y, p.grad_y, p.m);
     if (p.wants[grad_x]) multiply(matrix(grads[grad_x], p.m), g, weight, true);
