@@ -171,7 +171,7 @@ class _Call:
         return out
 
 
-def lora_linear_fwd(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed):
+def lora_linear_fwd(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids):
     n, k = weight.shape
     y = x.new_empty((*x.shape[:-1], n))
     bias, diagonal, gain = dense(bias, diagonal, gain)
@@ -259,7 +259,7 @@ class _Backward(_Call):
 
 
 def lora_linear_bwd(
-    grad_y, x, u, y, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, output_mask
+    grad_y, x, u, y, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids, output_mask
 ):  # fmt: skip
     want = _Wanted(*output_mask)
     inputs = (x, weight, bias, lora_a, lora_b, diagonal, gain)

@@ -105,7 +105,9 @@ void multiply(const Tensor& out, const Tensor& left, const Tensor& right, bool a
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight, const Optional& bias,
                                                const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal,
-                                               const Optional& gain, double scale, double dropout_p, const Optional& seed) {
+                                               const Optional& gain, double scale, double dropout_p, const Optional& seed,
+                                               const Optional& adapter_ids) {
+  FA_CHECK(!adapter_ids, "lora_linear: this kernel knows no adapter_ids");
   const Reader reader("lora_linear", x);
   Call call = read({x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed}, reader);
   Problem& p = call.p;
@@ -140,7 +142,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& y, const Tensor& weight,
                               const Optional& bias, const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal,
                               const Optional& gain, double scale, double dropout_p, const Optional& seed,
-                              std::vector<bool> output_mask) {
+                              const Optional& adapter_ids, std::vector<bool> output_mask) {
+  FA_CHECK(!adapter_ids, "lora_linear: this kernel knows no adapter_ids");
   const Reader reader("lora_linear", x);
   Call call = read({x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed}, reader);
   Problem& p = call.p;
