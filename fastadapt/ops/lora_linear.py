@@ -106,8 +106,6 @@ def _unsupported(backend, args):
         return None if args[-1] is None else "does not support adapter_ids"
     if x.dtype == torch.float64:
         return "does not support float64"
-    if backend == "triton" and args[-1] is not None:
-        return "does not support adapter_ids"
     r = lora_a.shape[-2] if isinstance(lora_a, Tensor) and lora_a.dim() > 1 else 0
     return f"supports r up to {_MAX_RANK}, got {r}" if r > _MAX_RANK else None
 

@@ -75,7 +75,7 @@ def bench_bank(m, d):
 
 
 EVERYTHING = {"scale": "0-d", "lora_bias": True, "diagonal": True}
-BANK = {"scale": "each", "lora_bias": True, "diagonal": True, "dropout": 0.3}
+BANK = {"scale": "each", "lora_bias": True, "diagonal": True}
 TOKENS = [2, -1, 0, 2, 2, 0, -1, 2, 0, 2, 2, 2]
 STRIDED = torch.tensor([TOKENS, TOKENS[::-1]], dtype=torch.int32).T.reshape(2, 6, 2)[..., 0]
 CASES = (
@@ -105,8 +105,8 @@ CASES = (
     case("bank-of-tokens", shape=(2, 6, 40), n=31, r=8, g=4, ids=STRIDED, bias=False, scale="0-d"),
     case("bank-with-everything", shape=(12, 70), n=45, r=20, g=3, ids=TOKENS, **BANK),
     case("bank-of-ranks", shape=(12, 33), n=21, r=(7, 1, 4), g=3, ids=TOKENS, scale="each"),
-    case("bank-of-float32", shape=(4, 3, 40), n=24, r=8, g=3, ids=[2, 0, -1, 2], parameters=torch.float32, **BANK),
-    case("bank-beyond-one-tile", shape=(40, 33), n=40, r=30, g=11, ids=[(7 * i) % 10 - i % 2 for i in range(40)], **BANK),
+    case("bank-of-float32", shape=(4, 3, 40), n=24, r=8, g=3, ids=[2, 0, -1, 2], parameters=torch.float32, dropout=0.1, **BANK),
+    case("bank-sorted", shape=(40, 33), n=40, r=30, g=11, ids=[max(-1, 7 * i % 12 - 2) for i in range(40)], dropout=0.3, **BANK),
     case("bank-of-one-vector", shape=(24,), n=20, r=4, g=2, ids=1),
     case("bank-unused", shape=(5, 24), n=20, r=4, g=2, ids=[-1] * 5),
     case("bank-of-no-rows", shape=(0, 8), n=6, r=4, g=2, ids=[]),
