@@ -85,6 +85,9 @@ def lora_linear_rank_kernel(
         else:
             own = inside[:, None] & (ids[:, None] == ((begin + ranks) // R)[None, :])
             tl.store(out_ptr + rows[:, None] * R + ((begin + ranks) % R)[None, :], out, mask=own)
+    if ids_ptr is not None:
+        none = inside[:, None] & ((ids < 0) | (ids >= g))[:, None] & (ranks < R)[None, :]
+        tl.store(out_ptr + rows[:, None] * R + ranks[None, :], tl.zeros((BLOCK_M, BLOCK_R), tl.float32), mask=none)
 
 
 @triton.jit
@@ -132,6 +135,8 @@ def lora_linear_product_kernel(
             acc = tl.where(own[:, None], tl.dot(low, side, acc, input_precision=PRECISION), acc)
     if seed_ptr is not None:
         acc = tl.where(dropout_keeps(rows, first_col, seed_ptr, threshold, BLOCK_M, BLOCK_N), acc * kept_scale, 0.0)
+    if ids_ptr is not None:  # an id outside the bank spoils its row
+        acc = tl.where(((ids >= -1) & (ids < g))[:, None], acc, float("nan"))
 
     inner = tl.arange(0, BLOCK_D).to(tl.int64)
     left_ptrs = left_ptr + row_offsets(rows, inside, left_table_ptr, left_stride_m)[:, None] + inner[None, :] * left_stride_d
@@ -149,8 +154,6 @@ def lora_linear_product_kernel(
         acc *= tl.load(gain_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if ids_ptr is not None:  # an id outside the bank spoils its row
-        acc = tl.where(((ids >= -1) & (ids < g))[:, None], acc, float("nan"))
     tl.store(out_ptr + rows[:, None] * n + cols[None, :], acc.to(dtype), mask=inside[:, None] & valid[None, :])
 
 
@@ -180,7 +183,7 @@ class _Call:
         self.x, self.lora_a, self.lora_b, self.diagonal, self.gain, self.scale = x, lora_a, lora_b, diagonal, gain, scale
         self.m, self.r, self.item = x.shape[:-1].numel(), lora_a.shape[-2], x.element_size()
         self.block_r = self.rank_block = max(16, triton.next_power_of_2(self.r))
-        self.adapter_ids, self.g, self.bank, self._sorted = adapter_ids, 1, (None, None, None), None
+        self.adapter_ids, self.g, self.bank, self.step, self._sorted = adapter_ids, 1, (None, None, None), 32, None
         if adapter_ids is not None:
             self.g, ids = lora_a.shape[0], adapter_ids.reshape(-1).contiguous()
             all_ranks = self.g * self.r
@@ -188,6 +191,7 @@ class _Call:
             self.rank_block = max(self.block_r, min(triton.next_power_of_2(all_ranks), 128 // self.item))
             order = self.sorted()[0] if all_ranks > _UNSORTED else None
             self.bank = ids, max(1, self.m // max(1, ids.numel())), order
+            self.step = 16  # of the product over the ranks; what its rows have so far takes registers too
         self.odd = (x.shape[-1] | lora_b.shape[0]) % 8 != 0  # by shapes: strides of grad_y may change no bit
         self.dropout = (seed, *dropout_constants(dropout_p))
         self.x_rows = (x, *rows_of(x), x.stride(-1))
@@ -200,8 +204,7 @@ class _Call:
 
     def ranks(self, rows, d, gain, weight, weight_strides, dropout):
         """``dropout(rows * gain) @ weight``: float32, (m, r); zero in the rows without an adapter."""
-        new = self.x.new_empty if self.adapter_ids is None else self.x.new_zeros
-        out, block_r = new((self.m, self.r), dtype=torch.float32), self.rank_block
+        out, block_r = self.x.new_empty((self.m, self.r), dtype=torch.float32), self.rank_block
         block_m, block_d = _ROW_TILES.pick(
             (self.item, block_r), lambda tile: tile[0] == 16 or triton.cdiv(self.m, tile[0]) >= PROGRAMS // 2
         )
@@ -230,7 +233,7 @@ class _Call:
         lora_linear_product_kernel[(tiles_m * triton.cdiv(n, block_n),)](
             *rows, left_gain, weight, *weight_strides, ranks, side, *side_strides, self.diagonal, self.scale, *dropout, gain,
             bias, out, *self.bank, self.m, n, d, self.g, tiles_m, R=self.r, PRECISION=precision(self.x),
-            BLOCK_R=min(self.block_r, block_d, 32), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+            BLOCK_R=min(self.block_r, block_d, self.step), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
             **_options(self.x, 8 if block_m * block_n >= 2**14 else 4, (block_m + block_n) * block_d * self.item, 1),
         )  # fmt: skip
         return out
@@ -265,7 +268,8 @@ class _Backward(_Call):
         self, rows, d, gain, ranks, dropout, grad, grad_strides, t_planes=None, grad_bias=None, grad_gain=None, by_adapter=True
     ):  # fmt: skip
         """Writes ``grad = dropout(rows * gain).T @ (ranks * c)`` and the sums over rows that are asked for; a plane of
-        ``t_planes`` gets the product of BLOCK_D columns with lora_b. In a bank each adapter goes over its own rows."""
+        ``t_planes``, which no bank has, gets the product of BLOCK_D columns with lora_b. In a bank the rows are those of an
+        adapter each time, unless ``by_adapter`` is False."""
         if not d or (grad is None and t_planes is None and grad_bias is None and grad_gain is None):
             return
         x, (seed, threshold, kept_scale) = self.x, dropout
@@ -281,9 +285,10 @@ class _Backward(_Call):
         tile_bytes = self.block_m * (self.block_d * self.item + self.block_r * 4)
         lora_linear_bwd_columns_kernel[(tiles * chunks,)](
             *rows, gain, None if dots is None else self.y, self.bias, ranks if planes is not None else None, self.diagonal,
-            self.scale, seed, threshold, None if t_planes is None else self.lora_b, *_strides(self.lora_b), planes, sums, dots,
-            t_planes, order, starts, self.m, d, g, chunk, R=self.r, GROUPS=groups, PRECISION=precision(x), BLOCK_R=self.block_r,
-            BLOCK_M=self.block_m, BLOCK_D=self.block_d, **_options(x, 4 if self.block_r <= 64 else 8, tile_bytes, 2),
+            self.scale, seed, threshold, None if t_planes is None else self.lora_b, *self.lora_b.stride()[-2:], planes, sums,
+            dots, t_planes, order, starts, self.m, d, g, chunk, R=self.r, GROUPS=groups, PRECISION=precision(x),
+            BLOCK_R=self.block_r, BLOCK_M=self.block_m, BLOCK_D=self.block_d,
+            **_options(x, 4 if self.block_r <= 64 else 8, tile_bytes, 2),
         )  # fmt: skip
         if planes is None and sums is None and dots is None:
             return
@@ -297,7 +302,7 @@ class _Backward(_Call):
         """Writes these gradients and returns t, in one pass over grad_y where planes of t cost less than another one."""
         t = t_planes = None
         want_t = self.want.x or self.want.lora_a or self.want.diagonal
-        if want_t and 8 * self.block_r < self.block_d * self.item:
+        if want_t and self.adapter_ids is None and 8 * self.block_r < self.block_d * self.item:
             t_planes = self.x.new_empty((triton.cdiv(self.n, self.block_d), self.m, self.r), dtype=torch.float32)
         elif want_t:
             t = self.ranks(self.grad_rows, self.n, self.gain, self.lora_b, _strides(self.lora_b), _KEEP_ALL)

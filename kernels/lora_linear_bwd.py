@@ -19,8 +19,8 @@ def rank_tile(ptr, rows, inside, ranks, diagonal_ptr, scale_value, R: tl.constex
 @triton.jit
 def lora_linear_bwd_columns_kernel(
     left_ptr, left_table_ptr, left_stride_m, left_stride_d, gain_ptr, y_ptr, bias_ptr, rank_ptr, diagonal_ptr, scale_value,
-    seed_ptr, threshold, weight_ptr, weight_stride_d, weight_stride_r, weight_stride_g, planes_ptr, sums_ptr, dots_ptr,
-    t_planes_ptr, order_ptr, starts_ptr, m, d, g, chunk, R: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    seed_ptr, threshold, weight_ptr, weight_stride_d, weight_stride_r, planes_ptr, sums_ptr, dots_ptr, t_planes_ptr,
+    order_ptr, starts_ptr, m, d, g, chunk, R: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_D columns of ``left`` over one chunk of its rows, in a bank of those of one adapter: the product of
@@ -32,15 +32,11 @@ def lora_linear_bwd_columns_kernel(
     start, end = index * chunk, tl.minimum((index + 1) * chunk, m)
     cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     valid = cols < d
-    deep = valid
     if GROUPS:
         group, start, end = bank_tile(starts_ptr, index, g, chunk, GROUPS)
         end = tl.minimum(start + chunk, end)
-        deep = valid & (start < end)  # a chunk past the last one belongs to no adapter
         if diagonal_ptr is not None:
             diagonal_ptr += group * R
-        if weight_ptr is not None:
-            weight_ptr += group * weight_stride_g
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     sums = tl.zeros((BLOCK_D,), tl.float32)
@@ -53,7 +49,7 @@ def lora_linear_bwd_columns_kernel(
             bias = tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)
     if t_planes_ptr is not None:
         weight_ptrs = weight_ptr + cols[:, None] * weight_stride_d + ranks[None, :] * weight_stride_r
-        weight = tl.load(weight_ptrs, mask=deep[:, None] & (ranks < R)[None, :], other=0.0).to(dtype)  # [BLOCK_D, BLOCK_R]
+        weight = tl.load(weight_ptrs, mask=valid[:, None] & (ranks < R)[None, :], other=0.0).to(dtype)  # [BLOCK_D, BLOCK_R]
     for first in range(0, (end - start).to(tl.int32), BLOCK_M):
         rows = start + first + tl.arange(0, BLOCK_M)
         inside = rows < end

@@ -76,6 +76,7 @@ def bench_bank(m, d):
 
 EVERYTHING = {"scale": "0-d", "lora_bias": True, "diagonal": True}
 BANK = {"scale": "each", "lora_bias": True, "diagonal": True}
+DROPPED = {**BANK, "dropout": 0.3}
 TOKENS = [2, -1, 0, 2, 2, 0, -1, 2, 0, 2, 2, 2]
 STRIDED = torch.tensor([TOKENS, TOKENS[::-1]], dtype=torch.int32).T.reshape(2, 6, 2)[..., 0]
 CASES = (
@@ -105,8 +106,8 @@ CASES = (
     case("bank-of-tokens", shape=(2, 6, 40), n=31, r=8, g=4, ids=STRIDED, bias=False, scale="0-d"),
     case("bank-with-everything", shape=(12, 70), n=45, r=20, g=3, ids=TOKENS, **BANK),
     case("bank-of-ranks", shape=(12, 33), n=21, r=(7, 1, 4), g=3, ids=TOKENS, scale="each"),
-    case("bank-of-float32", shape=(4, 3, 40), n=24, r=8, g=3, ids=[2, 0, -1, 2], parameters=torch.float32, dropout=0.1, **BANK),
-    case("bank-sorted", shape=(40, 33), n=40, r=30, g=11, ids=[max(-1, 7 * i % 12 - 2) for i in range(40)], dropout=0.3, **BANK),
+    case("bank-of-float32", shape=(4, 3, 40), n=24, r=8, g=3, ids=[2, 0, -1, 2], parameters=torch.float32, **DROPPED),
+    case("bank-sorted", shape=(40, 33), n=40, r=30, g=11, ids=[max(-1, 7 * i % 12 - 2) for i in range(40)], **DROPPED),
     case("bank-of-one-vector", shape=(24,), n=20, r=4, g=2, ids=1),
     case("bank-unused", shape=(5, 24), n=20, r=4, g=2, ids=[-1] * 5),
     case("bank-of-no-rows", shape=(0, 8), n=6, r=4, g=2, ids=[]),
@@ -314,6 +315,10 @@ COMPILED = (
     compiled(BF16, (4096, 4096), 4096, 16, name="plain", quick=(90, 100)),
     compiled(BF16, (16, 4096), 1024, 8, transposed=True, name="plain-transposed"),
     compiled(FP16, (17, 769), 71, 7, **ALL, aligned=False),
+    compiled(BF16, (16384, 1024), 1024, 16, g=8, ids=[0] * 16384, **DROPPED, name="bank-of-many-rows", quick=(90,)),
+    compiled(BF16, (512, 2048), 2048, 16, g=8, ids=[0] * 512, **DROPPED, name="bank-of-few-rows"),
+    compiled(BF16, (4096, 1024), 2048, 64, g=8, ids=[0] * 4096, **DROPPED, parameters=FP32, name="bank-sorted", quick=(80,)),
+    compiled(FP32, (4096, 768), 768, 16, g=8, ids=[0] * 4096, **DROPPED, name="bank"),
 )
 SIZES = ((384, 384), (768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 1024))
 # In and out features of the layers of Llama 3.2 1B and Llama 3.1 8B.
@@ -348,15 +353,19 @@ SPEC = OpSpec(
     huge=(
         case("wide-output", shape=(40_000, 64), n=70_000, r=16, **ALL),
         case("wide-weight", shape=(40, 70_000), n=70_000, r=64, **ALL),
+        case("bank-of-many", shape=(64, 1024), n=1032, r=64, g=40_000, ids=[0, 39_999] * 32, **DROPPED),
     ),
     tiled=(
         case("r7", shape=(131, 72), n=136, r=7, **ALL),
         *(case(f"r{r}", shape=(67, 136), n=72, r=r, **ALL) for r in (20, 100, 130)),
         case("r48-of-odd-widths", shape=(67, 131), n=75, r=48, **ALL),
+        case("bank-r20", shape=(67, 136), n=72, r=20, g=3, ids=[i % 4 - 1 for i in range(67)], **DROPPED),
+        case("bank-r100", shape=(67, 136), n=72, r=100, g=4, ids=[i % 5 - 1 for i in range(67)], **DROPPED),
     ),
     planted=(
         case("looped", shape=(720, 200), n=6000, r=20, **ALL),
         case("looped-high-rank", shape=(1100, 1000), n=40, r=50, **ALL),
+        case("looped-bank", shape=(720, 200), n=1000, r=60, g=5, ids=[*range(-1, 5)] * 3 + [1] * 300 + [4] * 402, **DROPPED),
     ),
     # Compared a part of the rows at a time, which dropout would draw anew.
     large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), n=64, r=16, **{**ALL, "dropout": 0.0}),
