@@ -36,8 +36,8 @@ def same_device(name: str, value: Tensor, x: Tensor, like: str = "x") -> None:
         raise ValueError(f"{name} must be on {x.device} like {like}, got {value.device}")
 
 
-def adapter_ids(ids: Tensor, x: Tensor, g: int) -> None:
-    """One id a sequence or one a token, each an adapter of the bank or -1; values are read on the CPU only."""
+def adapter_ids(ids: Tensor, x: Tensor, g: int, values: bool = False) -> None:
+    """One id a sequence or one a token, each an adapter of the bank or -1; on a GPU ``values`` are read if asked for."""
     tensor("adapter_ids", ids)
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"adapter_ids must be an integer tensor, got {ids.dtype}")
@@ -47,7 +47,10 @@ def adapter_ids(ids: Tensor, x: Tensor, g: int) -> None:
             f"adapter_ids must be {sequences} (one a sequence) or {tokens} (one a token) to match x, got {tuple(ids.shape)}"
         )
     same_device("adapter_ids", ids, x)
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if values and compiling:
+        raise RuntimeError("check_ids must be False under torch.compile, which can't read adapter_ids, got True")
+    if (values or ids.device.type == "cpu") and ids.device.type != "meta" and ids.numel() and not compiling:
         low, high = int(ids.min()), int(ids.max())
         if low < -1 or high >= g:
             raise ValueError(f"adapter_ids must lie in [-1, {g - 1}] for a bank of {g}, got {low if low < -1 else high}")

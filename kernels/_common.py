@@ -136,12 +136,17 @@ def dropout_keeps(rows, start, seed_ptr, threshold, BLOCK_M: tl.constexpr, BLOCK
 def project(
     ptr, offsets, inside, stride_d, weight_ptr, weight_stride_d, weight_stride_r, width, mean, rstd, norm_weight_ptr,
     norm_bias_ptr, scale_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, rows=None, seed_ptr=None, threshold=0,
+    PRECISION: tl.constexpr, rows=None, seed_ptr=None, threshold=0, weight_stride_g=None, first=0, last=0,
 ):  # fmt: skip
     """Rows times a (width, R) weight: [BLOCK_M, BLOCK_R] in float32. On the way they are normalised, or scaled per channel, or
-    lose what dropout drops."""
+    lose what dropout drops. With ``weight_stride_g`` the weights of a bank stand side by side and the columns ``first`` to
+    ``last`` are taken."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    present, rank_offsets = ranks < R, ranks * weight_stride_r
+    if weight_stride_g is not None:
+        ranks += first
+        present, rank_offsets = ranks < last, ranks // R * weight_stride_g + ranks % R * weight_stride_r
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, width, BLOCK_D):
         cols = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
@@ -157,11 +162,11 @@ def project(
             tile = (tile.to(tl.float32) * tl.load(scale_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]).to(dtype)
         if seed_ptr is not None:
             tile = tl.where(dropout_keeps(rows, start, seed_ptr, threshold, BLOCK_M, BLOCK_D), tile, 0.0)
-        weight_ptrs = weight_ptr + cols[:, None] * weight_stride_d + ranks[None, :] * weight_stride_r
-        weight = tl.load(weight_ptrs, mask=valid[:, None] & (ranks < R)[None, :], other=0.0).to(dtype)  # [BLOCK_D, BLOCK_R]
+        weight_ptrs = weight_ptr + cols[:, None] * weight_stride_d + rank_offsets[None, :]
+        weight = tl.load(weight_ptrs, mask=valid[:, None] & present[None, :], other=0.0).to(dtype)  # [BLOCK_D, BLOCK_R]
         acc = tl.dot(tile, weight, acc, input_precision=PRECISION)
     if R != BLOCK_R:  # the padding of an infinite row is 0 * inf
-        acc = tl.where((ranks < R)[None, :], acc, 0.0)
+        acc = tl.where(present[None, :], acc, 0.0)
     return acc
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._common import dropout_keeps, row_offsets, sum_planes
+from ._common import bank_tile, bank_tiles, dropout_keeps, row_offsets, sum_planes
 
 
 @triton.jit
@@ -19,18 +19,24 @@ def rank_tile(ptr, rows, inside, ranks, diagonal_ptr, scale_value, R: tl.constex
 @triton.jit
 def lora_linear_bwd_columns_kernel(
     left_ptr, left_table_ptr, left_stride_m, left_stride_d, gain_ptr, y_ptr, bias_ptr, rank_ptr, diagonal_ptr, scale_value,
-    seed_ptr, threshold, weight_ptr, weight_stride_d, weight_stride_r, planes_ptr, sums_ptr, dots_ptr, t_planes_ptr, m, d,
-    chunk, R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    seed_ptr, threshold, weight_ptr, weight_stride_d, weight_stride_r, planes_ptr, sums_ptr, dots_ptr, t_planes_ptr,
+    order_ptr, starts_ptr, m, d, g, chunk, R: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_D columns of ``left`` over one chunk of its rows: the product of ``dropout(left * gain).T`` with
-    ``rank * c``, the sums of ``left`` and its dot products with ``y - bias`` go to the plane of that chunk, the products of
-    its rows with ``weight`` to the plane of those columns."""
+    """A program owns BLOCK_D columns of ``left`` over one chunk of its rows, in a bank of those of one adapter: the product of
+    ``dropout(left * gain).T`` with ``rank * c``, the sums of ``left`` and its dot products with ``y - bias`` go to the plane of
+    that chunk, the products of its rows with ``weight`` to the plane of those columns."""
     dtype: tl.constexpr = left_ptr.dtype.element_ty
     tiles_d = tl.cdiv(d, BLOCK_D)
     index, tile = (tl.program_id(0) // tiles_d).to(tl.int64), (tl.program_id(0) % tiles_d).to(tl.int64)
     start, end = index * chunk, tl.minimum((index + 1) * chunk, m)
     cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     valid = cols < d
+    if GROUPS:
+        group, start, end = bank_tile(starts_ptr, index, g, chunk, GROUPS)
+        end = tl.minimum(start + chunk, end)
+        if diagonal_ptr is not None:
+            diagonal_ptr += group * R
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     sums = tl.zeros((BLOCK_D,), tl.float32)
@@ -47,6 +53,8 @@ def lora_linear_bwd_columns_kernel(
     for first in range(0, (end - start).to(tl.int32), BLOCK_M):
         rows = start + first + tl.arange(0, BLOCK_M)
         inside = rows < end
+        if GROUPS:
+            rows = tl.load(order_ptr + rows, mask=inside, other=0)
         mask = inside[:, None] & valid[None, :]
         offsets = row_offsets(rows, inside, left_table_ptr, left_stride_m)
         left = tl.load(left_ptr + offsets[:, None] + cols[None, :] * left_stride_d, mask=mask, other=0.0)
@@ -77,24 +85,36 @@ def lora_linear_bwd_columns_kernel(
 
 @triton.jit
 def lora_linear_bwd_reduce_kernel(
-    planes_ptr, sums_ptr, dots_ptr, gain_ptr, kept_scale, grad_ptr, grad_stride_d, grad_stride_r, grad_bias_ptr, grad_gain_ptr,
-    chunks, d, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    planes_ptr, sums_ptr, dots_ptr, gain_ptr, kept_scale, grad_ptr, grad_stride_d, grad_stride_r, grad_stride_g,
+    grad_bias_ptr, grad_gain_ptr, starts_ptr, chunks, d, g, chunk, R: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_D columns: it adds the planes of all chunks in order and turns the sums into gradients."""
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """A program owns BLOCK_D columns, in a bank those of one adapter: it adds the planes of all chunks in order and turns the
+    sums into gradients."""
+    tile, first, last = tl.program_id(0), 0, chunks
+    if GROUPS:
+        tiles_d = tl.cdiv(d, BLOCK_D)
+        tile, group = tl.program_id(0) % tiles_d, (tl.program_id(0) // tiles_d).to(tl.int64)
+        first64, last64 = bank_tiles(starts_ptr, group, g, chunk, GROUPS)
+        first, last = first64.to(tl.int32), last64.to(tl.int32)
+        if grad_ptr is not None:
+            grad_ptr += group * grad_stride_g
+        if grad_bias_ptr is not None:
+            grad_bias_ptr += group * d
+    cols = tile.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     valid = cols < d
     if planes_ptr is not None:
         mask = valid[:, None] & (ranks < R)[None, :]
         plane = cols[:, None] * BLOCK_R + ranks[None, :]  # [BLOCK_D, BLOCK_R]
-        grad = kept_scale * sum_planes(planes_ptr, 0, chunks, tl.cast(d, tl.int64) * BLOCK_R, plane, mask)
+        grad = kept_scale * sum_planes(planes_ptr, first, last, tl.cast(d, tl.int64) * BLOCK_R, plane, mask)
         grad_ptrs = grad_ptr + cols[:, None] * grad_stride_d + ranks[None, :] * grad_stride_r
         tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
-        sums = sum_planes(sums_ptr, 0, chunks, d, cols, valid)
+        sums = sum_planes(sums_ptr, first, last, d, cols, valid)
         tl.store(grad_bias_ptr + cols, sums.to(grad_bias_ptr.dtype.element_ty), mask=valid)
     if dots_ptr is not None:
-        dots = sum_planes(dots_ptr, 0, chunks, d, cols, valid)
+        dots = sum_planes(dots_ptr, first, last, d, cols, valid)
         gain = tl.load(gain_ptr + cols, mask=valid, other=1.0).to(tl.float32)
         dots = tl.where(gain == 0, float("nan"), dots / gain)  # there y holds nothing but the rounding of bias
         tl.store(grad_gain_ptr + cols, dots.to(grad_gain_ptr.dtype.element_ty), mask=valid)

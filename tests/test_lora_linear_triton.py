@@ -41,7 +41,7 @@ def test_mask_of_every_kernel():
     """Identity matrices let the mask through, times the scale of what stays: forward, and both products of backward."""
     m = k = 136
     expected = dropout.kept(torch.tensor(SEED), m, k, P) * dropout.kept_scale(P)
-    eye, ones, rest = torch.eye(k), torch.ones(m, k), (None, None, 1.0, P, torch.tensor(SEED))
+    eye, ones, rest = torch.eye(k), torch.ones(m, k), (None, None, 1.0, P, torch.tensor(SEED), None)
     _, u = SPEC.fwd.triton(ones, 0 * eye, None, eye, eye, *rest)
     assert torch.equal(u, expected.float())
     for grad_y, lora_a, lora_b, wanted in (

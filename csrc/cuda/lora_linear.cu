@@ -47,7 +47,8 @@ LoraArguments check(const LoraCall& c) {
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight, const Optional& bias,
     const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain, double scale, double dropout_p,
-    const Optional& seed) {
+    const Optional& seed, const Optional& adapter_ids) {
+  FA_CHECK(!adapter_ids, kOp, ": this kernel knows no adapter_ids");
   LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed});
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = weight.size(0);
@@ -67,7 +68,9 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 
 Seven lora_linear_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& y, const Tensor& weight,
     const Optional& bias, const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain,
-    double scale, double dropout_p, const Optional& seed, const std::vector<bool>& output_mask) {
+    double scale, double dropout_p, const Optional& seed, const Optional& adapter_ids,
+    const std::vector<bool>& output_mask) {
+  FA_CHECK(!adapter_ids, kOp, ": this kernel knows no adapter_ids");
   LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed});
   const Checker checker{kOp, x};
   const int64_t n = weight.size(0), r = lora_a.size(0);

@@ -44,7 +44,7 @@ def row_norms(
 def lora_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *, scale: float | Tensor = 1.0,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None, magnitude: Tensor | None = None,
-    lora_bias: Tensor | None = None, diagonal: Tensor | None = None,
+    lora_bias: Tensor | None = None, diagonal: Tensor | None = None, adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """The specification of :func:`lora_linear` in plain PyTorch, computed in the dtype of ``x``."""
     cast = lambda t: t.to(x.dtype) if isinstance(t, Tensor) else t  # noqa: E731
@@ -52,19 +52,34 @@ def lora_linear_reference(
     if dropout_p:
         stays = dropout.kept(dropout_seed, x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
         dropped = torch.where(stays, x * dropout.kept_scale(dropout_p), 0.0)
-    u = F.linear(dropped, cast(lora_a))
-    u = u if diagonal is None else u * cast(diagonal)
-    y = F.linear(x, weight) + cast(scale) * F.linear(u, cast(lora_b), cast(lora_bias))
+
+    def branch(dropped, lora_a, lora_b, scale, lora_bias, diagonal):
+        u = F.linear(dropped, cast(lora_a))
+        u = u if diagonal is None else u * cast(diagonal)
+        return cast(scale) * F.linear(u, cast(lora_b), cast(lora_bias))
+
+    y, bank = F.linear(x, weight), (lora_a, lora_b, scale, lora_bias, diagonal)
+    if adapter_ids is None:
+        y = y + branch(dropped, *bank)
+    else:
+        ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.dim() - 1 - adapter_ids.dim())).expand(x.shape[:-1])
+        ids, shape, y, dropped = ids.reshape(-1), y.shape, y.reshape(-1, len(weight)), dropped.reshape(-1, x.shape[-1])
+        for i in range(len(lora_a)):
+            rows = (ids == i).nonzero(as_tuple=True)
+            mine = (t[i] if isinstance(t, Tensor) and t.dim() else t for t in bank)
+            y = y.index_put(rows, y[rows] + branch(dropped[rows], *mine))
+        y = y.view(shape)
     if magnitude is not None:
         y = y * cast(magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal))
     return y if bias is None else y + cast(bias)
 
 
-_PARAMETERS = "Tensor lora_a, Tensor lora_b, Tensor? diagonal, Tensor? gain, float scale, float dropout_p, Tensor? seed"
+_PARAMETERS = "Tensor lora_a, Tensor lora_b, Tensor? diagonal, Tensor? gain, float scale, float dropout_p, "
+_PARAMETERS += "Tensor? seed, Tensor? adapter_ids"
 
 
 def _saved_shape(x, lora_a):
-    return x.shape[:-1].numel(), lora_a.shape[0]
+    return x.shape[:-1].numel(), lora_a.shape[-2]
 
 
 def _fwd_fake(x, weight, bias, lora_a, *args):
@@ -75,27 +90,30 @@ def _fwd_fake(x, weight, bias, lora_a, *args):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(_saved_shape(x, lora_a), dtype=wide)
 
 
-def _bwd_fake(grad_y, x, u, y, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, output_mask):
+def _bwd_fake(
+    grad_y, x, u, y, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids, output_mask
+):  # fmt: skip
     inputs = (x, weight, bias, lora_a, lora_b, diagonal, gain)
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(inputs, output_mask))
 
 
-_MAX_RANK = 256  # on a GPU: the rank-r tiles must fit the registers
+_MAX_RANK = 256  # on a GPU, of each adapter: the rank-r tiles must fit the registers
 
 
 def _unsupported(backend, args):
     x, lora_a = args[0], args[3]
     if backend == "native" and x.is_cpu:
-        return None
+        return None if args[-1] is None else "does not support adapter_ids"
     if x.dtype == torch.float64:
         return "does not support float64"
-    r = lora_a.shape[0] if isinstance(lora_a, Tensor) and lora_a.dim() else 0
+    r = lora_a.shape[-2] if isinstance(lora_a, Tensor) and lora_a.dim() > 1 else 0
     return f"supports r up to {_MAX_RANK}, got {r}" if r > _MAX_RANK else None
 
 
 # ``u = dropout(x) @ lora_a.T`` is float32 (float64 for float64), one row for each row of ``x``; it is what backward needs
-# beside the arguments, and ``y`` for the gradient of ``gain``. The gradients of ``_bwd`` come in the order of ``output_mask``:
-# x, weight, bias, lora_a, lora_b, diagonal, gain; those not wanted have shape (0,).
+# beside the arguments, and ``y`` for the gradient of ``gain``. With ``adapter_ids`` ``lora_a``, ``lora_b`` and ``diagonal`` are
+# banks, and a row of ``u`` is that of the row's own adapter, zero where it has none. The gradients of ``_bwd`` come in the
+# order of ``output_mask``: x, weight, bias, lora_a, lora_b, diagonal, gain; those not wanted have shape (0,).
 _fwd = Leaf(
     "lora_linear_fwd",
     f"(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}) -> (Tensor y, Tensor u)",
@@ -129,62 +147,82 @@ _bwd.launch(_launch_bwd)
 
 class LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, constants, x, weight, bias, lora_a, lora_b, diagonal, gain, seed):
+    def forward(ctx, constants, x, weight, bias, lora_a, lora_b, diagonal, gain, seed, adapter_ids):
         ctx.constants = backend, scale, dropout_p, packed = constants
-        y, u = getattr(_fwd, backend)(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed)
+        y, u = getattr(_fwd, backend)(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids)
         y_for_gain = y if ctx.needs_input_grad[7] else None
         kept = weight if packed is None else None  # a quantised weight stays quantised until backward
-        ctx.save_for_backward(x, u, y_for_gain, kept, bias, lora_a, lora_b, diagonal, gain, seed)
+        ctx.save_for_backward(x, u, y_for_gain, kept, bias, lora_a, lora_b, diagonal, gain, seed, adapter_ids)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_y):
-        x, u, y, weight, *inputs, seed = ctx.saved_tensors
+        x, u, y, weight, *inputs, seed, adapter_ids = ctx.saved_tensors
         backend, scale, dropout_p, packed = ctx.constants
         mask = list(ctx.needs_input_grad[1:8])
         weight = weight if packed is None else dense(packed, x.dtype)
-        outputs = getattr(_bwd, backend)(grad_y, x, u, y, weight, *inputs, scale, dropout_p, seed, mask) if any(mask) else ()
-        return (None, *(g if wanted else None for g, wanted in zip(outputs or mask, mask)), None)
+        shared = scale, dropout_p, seed, adapter_ids
+        outputs = getattr(_bwd, backend)(grad_y, x, u, y, weight, *inputs, *shared, mask) if any(mask) else ()
+        return (None, *(g if wanted else None for g, wanted in zip(outputs or mask, mask)), None, None)
 
 
-def _arguments(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal):
-    """The arguments of the forward leaf: DoRA as a gain of the output, a scale that is a tensor as a diagonal, one bias."""
+def _arguments(
+    x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids
+):  # fmt: skip
+    """The arguments of the forward leaf: DoRA as a gain of the output, a scale that is a tensor as a diagonal, and one bias,
+    which that of a bank has no part in."""
     weight = dense(weight, x.dtype)
     gain = None if magnitude is None else magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal)
     wide = torch.promote_types(x.dtype, torch.float32)
-    if lora_bias is not None:
+    if lora_bias is not None and adapter_ids is None:
         added = scale * lora_bias.to(wide)
         added = added if gain is None else gain * added
         bias = added if bias is None else bias + added
     if isinstance(scale, Tensor):
-        diagonal = scale.expand(lora_a.shape[:1]) if diagonal is None else scale * diagonal.to(wide)
+        scale = scale[:, None] if scale.dim() else scale
+        diagonal = scale.expand(lora_a.shape[:-1]) if diagonal is None else scale * diagonal.to(wide)
         scale = 1.0
-    return x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, dropout_seed if dropout_p else None
+    seed = dropout_seed if dropout_p else None
+    return x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids
 
 
-def check_adapter(like, name, n, k, lora_a, lora_b, scale, magnitude, diagonal):
-    """Refuse what can't be an adapter of an ``(n, k)`` weight; dtype and device must go with ``like``, called ``name``."""
+def _add_lora_bias(y, lora_bias, scale, adapter_ids):
+    """``y`` plus ``scale * lora_bias`` of each row's own adapter. A look-up, since its gradient is summed in a fixed order."""
+    table = lora_bias.to(torch.promote_types(y.dtype, torch.float32))
+    table = F.pad((scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale) * table, (0, 0, 0, 1))
+    ids = adapter_ids.long()
+    rows = F.embedding(torch.where(ids < 0, len(lora_bias), ids.clamp(max=len(lora_bias))), table)
+    return (y + rows.view(ids.shape + (1,) * (y.dim() - 1 - ids.dim()) + rows.shape[-1:])).to(y.dtype)
+
+
+def check_adapter(like, name, n, k, lora_a, lora_b, scale, magnitude, diagonal, bank=False):
+    """Refuse what can't be an adapter of an ``(n, k)`` weight, or a bank of them; dtype and device must go with ``like``,
+    called ``name``."""
     check.tensor("lora_a", lora_a)
-    if lora_a.dim() != 2 or lora_a.shape[0] == 0:
-        raise ValueError(f"lora_a must be (r, k) with r at least 1, got {tuple(lora_a.shape)}")
-    r = lora_a.shape[0]
-    check.parameter("lora_a", lora_a, like, (r, k), "(r, k)", name)
+    if lora_a.dim() != 2 + bank or 0 in lora_a.shape[:-1]:
+        expected = "(g, r, k) with g and r" if bank else "(r, k) with r"
+        raise ValueError(f"lora_a must be {expected} at least 1, got {tuple(lora_a.shape)}")
+    *g, r, _ = lora_a.shape
+    lead = "g, " if bank else ""
+    check.parameter("lora_a", lora_a, like, (*g, r, k), f"({lead}r, k)", name)
     check.tensor("lora_b", lora_b)
-    check.parameter("lora_b", lora_b, like, (n, r), "(n, r)", name)
+    check.parameter("lora_b", lora_b, like, (*g, n, r), f"({lead}n, r)", name)
     if lora_b.dtype != lora_a.dtype:
         raise TypeError(f"lora_b must be {lora_a.dtype} like lora_a, got {lora_b.dtype}")
     if isinstance(scale, Tensor):
-        check.parameter("scale", scale, like, (), "0-d", name)
+        check.parameter("scale", scale, like, g if scale.dim() else (), "0-d or (g,)" if bank else "0-d", name)
     elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or a 0-d tensor, got {type(scale).__name__}")
     elif isinstance(scale, (int, float)) and not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     check.parameter("magnitude", magnitude, like, (n,), "(n,)", name)
-    check.parameter("diagonal", diagonal, like, (r,), "(r,)", name)
+    check.parameter("diagonal", diagonal, like, (*g, r), "(g, r)" if bank else "(r,)", name)
 
 
-def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal):
+def _check(
+    x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids
+):  # fmt: skip
     check.activation_dtype("x", x)
     if x.dim() == 0:
         raise ValueError("x must be (..., k), got a 0-d tensor")
@@ -197,7 +235,15 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magn
     check.same_device("weight", weight, x)
     n = weight.shape[0]
     check.parameter("bias", bias, x, (n,), "(n,)")
-    check_adapter(x, "x", n, k, lora_a, lora_b, scale, magnitude, diagonal)
+    check.tensor("lora_a", lora_a)
+    bank = adapter_ids is not None
+    if not bank and lora_a.dim() == 3:
+        raise ValueError(f"adapter_ids is needed when lora_a is a bank, got None with {tuple(lora_a.shape)}")
+    if bank and lora_a.dim() != 3:
+        raise ValueError(f"lora_a must be a bank (g, r, k) when adapter_ids is given, got {tuple(lora_a.shape)}")
+    if bank and magnitude is not None:
+        raise ValueError("magnitude must be None with adapter_ids, got a tensor: there are no banks of DoRA")
+    check_adapter(x, "x", n, k, lora_a, lora_b, scale, magnitude, diagonal, bank)
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
     if dropout.threshold(dropout_p) > 65535:
@@ -207,7 +253,10 @@ def _check(x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magn
         if dropout_seed.dtype != torch.int64 or dropout_seed.dim():
             raise ValueError(f"dropout_seed must be a 0-d int64 tensor, got {tuple(dropout_seed.shape)} {dropout_seed.dtype}")
         check.same_device("dropout_seed", dropout_seed, x)
-    check.parameter("lora_bias", lora_bias, x, (n,), "(n,)")
+    g = lora_a.shape[:1] if bank else ()
+    check.parameter("lora_bias", lora_bias, x, (*g, n), "(g, n)" if bank else "(n,)")
+    if bank:
+        check.adapter_ids(adapter_ids, x, *g, check_ids)
 
 
 def _frozen_layer(x, weight, bias):
@@ -222,7 +271,8 @@ def _frozen_layer(x, weight, bias):
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *, scale: float | Tensor = 1.0,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None, magnitude: Tensor | None = None,
-    lora_bias: Tensor | None = None, diagonal: Tensor | None = None, backend: str | None = None,
+    lora_bias: Tensor | None = None, diagonal: Tensor | None = None, adapter_ids: Tensor | None = None,
+    check_ids: bool = False, backend: str | None = None,
 ) -> Tensor:
     """A linear layer with LoRA:
     ``y = gain * (x @ weight.T + scale * (dropout(x) @ lora_a.T * diagonal @ lora_b.T + lora_bias)) + bias``.
@@ -239,14 +289,20 @@ def lora_linear(
             weight: an object with a ``dequantize()`` of its own, as torchao's, or a 4-bit one of bitsandbytes. It is made
             dense for this call and once more in backward, so that nothing dense is kept between them.
         bias: ``(n,)`` or None. Like every parameter below: dtype of ``x``, or float32 under a 16-bit ``x``.
-        lora_a, lora_b: ``(r, k)`` and ``(n, r)``.
-        scale: a number or a 0-d tensor.
+        lora_a, lora_b: ``(r, k)`` and ``(n, r)``, or banks ``(g, r, k)`` and ``(g, n, r)`` with ``adapter_ids``. Adapters of
+            lower rank are filled up with zeros, which is exact and stays so in training.
+        scale: a number or a 0-d tensor; with a bank also ``(g,)``, one for each adapter.
         dropout_p: probability in [0, 1) that an element of ``x`` is dropped for the LoRA branch, in steps of 1 / 65536; the
             others grow by the inverse of the probability to stay. The layer in front of ``lora_a`` alone sees it.
         dropout_seed: 0-d int64 tensor that fixes the dropped elements; None draws one from torch's generator.
-        magnitude: ``(n,)`` of DoRA. An element that is exactly 0 gets the gradient NaN.
-        lora_bias: ``(n,)``, added to the LoRA branch before ``scale``.
-        diagonal: ``(r,)``, between ``lora_a`` and ``lora_b``.
+        magnitude: ``(n,)`` of DoRA, not with a bank. An element that is exactly 0 gets the gradient NaN.
+        lora_bias: ``(n,)``, added to the LoRA branch before ``scale``. That of a bank is ``(g, n)`` and costs a pass over the
+            output, which it is added to after that is rounded.
+        diagonal: ``(r,)``, between ``lora_a`` and ``lora_b``; that of a bank ``(g, r)``.
+        adapter_ids: integers, one for each entry of the leading dim of ``x`` (a sequence) or of all its leading dims (a
+            token): the adapter of a bank that its rows go through. Those of -1 get the frozen layer's output alone. Other ids
+            outside the bank raise on the CPU; on a GPU, where reading them would stall the stream, their rows become NaN.
+        check_ids: read ``adapter_ids`` on a GPU all the same, and raise there too; not under ``torch.compile``.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the first of triton, native, reference on CUDA
             and of native, reference elsewhere that supports the call (see :func:`fastadapt.explain`).
 
@@ -266,11 +322,14 @@ def lora_linear(
     packed = weight if is_packed(weight) else None
     if isinstance(x, Tensor):
         x, weight, bias = _frozen_layer(x, weight, bias)
-    given = (x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal)
+    given = (
+        x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids
+    )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     # The CPU kernel checks what it gets, and only if it refuses is looked for the argument to blame: small calls feel that.
     checked = compiling or not isinstance(x, Tensor) or not x.is_cpu or backend not in (None, "native")
     checked = checked or isinstance(scale, Tensor) or magnitude is not None or lora_bias is not None
+    checked = checked or adapter_ids is not None
     if checked:
         _check(*given)
     if isinstance(scale, (int, float)) and compiling:
@@ -283,16 +342,18 @@ def lora_linear(
     name = _fwd.choose(backend, "cpu" if x.is_cpu else x.device.type, args)
     if name == "reference":
         _check(*given)
-        x, weight, bias, lora_a, lora_b, scale, dropout_p, _, magnitude, lora_bias, diagonal = given
+        x, weight, bias, lora_a, lora_b, scale, dropout_p, *_ = given
         return lora_linear_reference(
-            x, weight, bias, lora_a, lora_b, scale=scale, dropout_p=dropout_p, dropout_seed=args[-1], magnitude=magnitude,
-            lora_bias=lora_bias, diagonal=diagonal,
+            x, weight, bias, lora_a, lora_b, scale=scale, dropout_p=dropout_p, dropout_seed=args[-2], magnitude=magnitude,
+            lora_bias=lora_bias, diagonal=diagonal, adapter_ids=adapter_ids,
         )  # fmt: skip
-    *tensors, scale, dropout_p, seed = args
+    *tensors, scale_value, dropout_p, seed, _ = args
     try:
         if needs_grad(*tensors):
-            return LoRALinear.apply((name, scale, dropout_p, packed), *tensors, seed)
-        return getattr(_fwd, name)(*args)[0]
+            y = LoRALinear.apply((name, scale_value, dropout_p, packed), *tensors, seed, adapter_ids)
+        else:
+            y = getattr(_fwd, name)(*args)[0]
+        return y if lora_bias is None or adapter_ids is None else _add_lora_bias(y, lora_bias, given[5], adapter_ids)
     except Exception:
         if checked:
             raise
