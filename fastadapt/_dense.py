@@ -12,13 +12,13 @@ def is_packed(weight) -> bool:
     return own or getattr(weight, "quant_state", None) is not None
 
 
-@torch.no_grad()
 def dense(weight, dtype: torch.dtype | None = None):
     """The tensor that a packed weight stands for, in ``dtype`` if given; any other weight as it is."""
     if not is_packed(weight):
         return weight
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
+    with torch.no_grad():
+        if getattr(weight, "quant_state", None) is not None:
+            from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return weight.dequantize().to(dtype)
+            return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return weight.dequantize().to(dtype)

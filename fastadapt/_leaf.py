@@ -100,10 +100,10 @@ def differentiable_once(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
         present = [t.detach().requires_grad_() for t in outputs if t is not None]
         message = b"fastadapt: the backward pass can't be differentiated (create_graph=True); use backend='reference'"
         guarded = torch._C._functions.DelayedError(message, len(present))(*present)

@@ -103,7 +103,7 @@ _MAX_RANK = 256  # on a GPU, of each adapter: the rank-r tiles must fit the regi
 def _unsupported(backend, args):
     x, lora_a = args[0], args[3]
     if backend == "native" and x.is_cpu:
-        return None if args[-1] is None else "does not support adapter_ids"
+        return None
     if x.dtype == torch.float64:
         return "does not support float64"
     r = lora_a.shape[-2] if isinstance(lora_a, Tensor) and lora_a.dim() > 1 else 0
@@ -172,16 +172,14 @@ def _arguments(
 ):  # fmt: skip
     """The arguments of the forward leaf: DoRA as a gain of the output, a scale that is a tensor as a diagonal, and one bias,
     which that of a bank has no part in."""
-    weight = dense(weight, x.dtype)
-    gain = None if magnitude is None else magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    gain = None if magnitude is None else magnitude / row_norms(dense(weight, x.dtype), lora_a, lora_b, scale, diagonal)
     if lora_bias is not None and adapter_ids is None:
-        added = scale * lora_bias.to(wide)
+        added = scale * lora_bias.to(torch.promote_types(x.dtype, torch.float32))
         added = added if gain is None else gain * added
         bias = added if bias is None else bias + added
     if isinstance(scale, Tensor):
         scale = scale[:, None] if scale.dim() else scale
-        diagonal = scale.expand(lora_a.shape[:-1]) if diagonal is None else scale * diagonal.to(wide)
+        diagonal = scale.expand(lora_a.shape[:-1]) if diagonal is None else scale * diagonal.to(torch.promote_types(x.dtype, torch.float32))
         scale = 1.0
     seed = dropout_seed if dropout_p else None
     return x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids
@@ -259,11 +257,8 @@ def _check(
         check.adapter_ids(adapter_ids, x, *g, check_ids)
 
 
-def _frozen_layer(x, weight, bias):
-    """The operands of the frozen layer: a quantised weight dense, and under autocast in its dtype. Adapters stay float32."""
-    weight = dense(weight, x.dtype)
-    if not autocasts(x):
-        return x, weight, bias
+def _autocast(x, weight, bias):
+    """The operands of the frozen layer in the dtype of autocast. Adapters stay float32."""
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in (x, weight, bias))
 
@@ -321,7 +316,9 @@ def lora_linear(
     """
     packed = weight if is_packed(weight) else None
     if isinstance(x, Tensor):
-        x, weight, bias = _frozen_layer(x, weight, bias)
+        weight = weight if packed is None else dense(packed, x.dtype)
+        if autocasts(x):
+            x, weight, bias = _autocast(x, weight, bias)
     given = (
         x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids
     )  # fmt: skip
