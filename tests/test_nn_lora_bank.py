@@ -113,7 +113,7 @@ def test_a_full_bank_and_strangers_are_refused():
     single = singles[0]
     for adapter, error, message in (
         (nn.Linear(K, N), TypeError, "adapter must be a LoRALinear, got Linear"),
-        (LoRALinear(nn.Linear(K + 1, N), 2), ValueError, rf"an \({N}, {K}\) weight like that of the bank, got \({N}, {K + 1}\)"),
+        (LoRALinear(nn.Linear(K + 1, N), 2), ValueError, rf"an \({N}, {K}\) weight like that of the bank, .* {K + 1}\)"),
         (LoRALinear(nn.Linear(K, N), R + 1), ValueError, f"adapter must have a rank of at most {R}, the bank's, got {R + 1}"),
         (LoRALinear(nn.Linear(K, N), 2, dora=True), ValueError, "adapter must have dora=False in a bank, got True"),
         (LoRALinear(nn.Linear(K, N), 2, lora_bias=True), ValueError, "lora_bias=False like the bank, got True"),
