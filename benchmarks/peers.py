@@ -46,7 +46,10 @@ def bottleneck_of_adapters(arguments: dict) -> tuple | None:
     return lambda: module(a["x"], a["residual"])[0], inputs
 
 
-def lora_by_hand(x, weight, bias, lora_a, lora_b, *, scale, dropout_p=0.0, magnitude=None):
+def lora_by_hand(x, weight, bias, lora_a, lora_b, *, scale, dropout_p=0.0, magnitude=None, adapter_ids=None):
+    if adapter_ids is not None:  # one a sequence
+        a, b = lora_a[adapter_ids], lora_b[adapter_ids]
+        return F.linear(x, weight, bias) + scale * (x @ a.transpose(1, 2)) @ b.transpose(1, 2)
     branch = scale * F.linear(F.linear(F.dropout(x, dropout_p), lora_a), lora_b)
     if magnitude is None:
         return F.linear(x, weight, bias) + branch
@@ -78,6 +81,54 @@ def layer_of_peft(arguments: dict) -> tuple | None:
     return lambda: layer(a["x"]), inputs
 
 
+def bank_of_peft(arguments: dict) -> tuple | None:
+    """The layer of the library ``peft`` with an adapter for each of the bank, and ``adapter_names`` for the sequences."""
+    a = arguments
+    if set(a) != {"x", "weight", "bias", "lora_a", "lora_b", "scale", "adapter_ids"} or not isinstance(a["scale"], float):
+        return None
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+    except ImportError:
+        return None
+
+    (g, r, k), n = a["lora_a"].shape, a["weight"].shape[0]
+    names = [str(i) for i in range(g)]
+    config = LoraConfig(r=r, lora_alpha=a["scale"] * r)
+    layer = Linear(nn.Linear(k, n), names[0], config=config, r=r, lora_alpha=config.lora_alpha)
+    for name in names[1:]:
+        layer.update_layer(name, r, config.lora_alpha, config=config)
+    for name in ("weight", "bias"):
+        hold(layer.base_layer, name, a[name])
+    for adapter in (*layer.lora_A.values(), *layer.lora_B.values()):
+        del adapter.weight
+    chosen = [names[i] for i in a["adapter_ids"].tolist()]
+
+    def call():
+        for bank, adapters in ((a["lora_a"], layer.lora_A), (a["lora_b"], layer.lora_B)):
+            for name, weight in zip(names, bank.unbind()):
+                adapters[name].weight = weight
+        return layer(a["x"], adapter_names=chosen)
+
+    return call, {name: a[name] for name in ("x", "lora_a", "lora_b")}
+
+
+def loop_over_adapters(arguments: dict) -> tuple | None:
+    """The rows of each adapter of a bank by themselves."""
+    a = arguments
+    if "adapter_ids" not in a:
+        return None
+
+    def call():
+        y = F.linear(a["x"], a["weight"], a["bias"])
+        for i, (lora_a, lora_b) in enumerate(zip(a["lora_a"].unbind(), a["lora_b"].unbind())):
+            rows = (a["adapter_ids"] == i).nonzero()[:, 0]
+            y = y.index_add(0, rows, a["scale"] * F.linear(F.linear(a["x"][rows], lora_a), lora_b))
+        return y
+
+    return call, {name: a[name] for name in ("x", "lora_a", "lora_b")}
+
+
 def frozen_layer(arguments: dict) -> tuple:
     x, weight, bias = (arguments[name] for name in ("x", "weight", "bias"))
     return lambda: F.linear(x, weight, bias), {"x": x}
@@ -86,7 +137,8 @@ def frozen_layer(arguments: dict) -> tuple:
 # How users write an op in plain PyTorch, for the benchmark's arguments; an op that isn't here uses its reference.
 BY_HAND: dict[str, Callable] = {"bottleneck": bottleneck_by_hand, "lora_linear": lora_by_hand}
 PEERS: dict[str, dict[str, Peer]] = {
-    "bottleneck": {"adapters": bottleneck_of_adapters}, "lora_linear": {"peft": layer_of_peft},
-}  # fmt: skip
+    "bottleneck": {"adapters": bottleneck_of_adapters},
+    "lora_linear": {"peft": layer_of_peft, "peft adapter_names": bank_of_peft, "loop over adapters": loop_over_adapters},
+}
 # What is left of an op without its adapter: like a peer, with another output. The time over it is what the adapter costs.
 PARTS: dict[str, dict[str, Peer]] = {"lora_linear": {"frozen layer": frozen_layer}}

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,7 @@ from fastadapt.ops.lora_linear import _bwd, _fwd, row_norms
 from . import numerics
 from .accuracy import assert_within_reference_error
 from .battery import BACKENDS, DEVICE, run
-from .specs.lora_linear import SPEC
+from .specs.lora_linear import SPEC, make
 
 KERNELS = [b for b in BACKENDS if (b, DEVICE) in _fwd.available]
 kernels = pytest.mark.parametrize("backend", KERNELS)
@@ -183,6 +184,67 @@ def test_a_quantised_weight_is_dense_for_one_call_at_a_time(backend):
     assert module.base.weight.calls == 2 and (M, K) in kept_shapes and (24, K) not in kept_shapes
     module.base.weight = nn.Parameter(module.base.weight.dequantize(), requires_grad=False)
     assert all(torch.equal(a, b) for a, b in zip(quantised, gradients(module, x)))
+
+
+def bank_call(ids, g=3, **options):
+    """A bank with ids of its rows, small enough for its rows to stay unsorted."""
+    return make(torch.float32, DEVICE, shape=(len(ids), 33), n=24, r=5, g=g, ids=ids, scale="each", **options)
+
+
+@pytest.mark.parametrize("g", [3, 60])  # rows as they come, or sorted
+@backends
+def test_an_adapter_reaches_no_row_but_its_own(backend, g):
+    """Not even with NaN or infinity for parameters, nor do rows of other adapters reach its gradients."""
+    ids = torch.tensor([0, 1, -1, 2, 0, 1, 1, -1])
+    good = bank_call(ids, g, diagonal=True, lora_bias=True)
+    bad = {**good}
+    for name, value in (("lora_a", math.inf), ("lora_b", math.nan), ("scale", math.nan), ("diagonal", math.inf)):
+        bad[name] = good[name].clone()
+        bad[name][1] = value
+    bad["lora_bias"] = good["lora_bias"].index_fill(0, torch.tensor([1], device=DEVICE), math.nan)
+    expected, actual = (run(fastadapt.lora_linear, a, backend=backend) for a in (good, bad))
+    rows = (ids != 1).to(DEVICE)
+    assert torch.equal(actual["y"][rows], expected["y"][rows]) and actual["y"][~rows].isnan().all()
+    assert torch.equal(actual["x"][rows], expected["x"][rows]) and actual["x"][~rows].isnan().all()
+    for name in ("lora_a", "lora_b", "scale", "diagonal", "lora_bias"):
+        assert torch.equal(actual[name][[0, 2]], expected[name][[0, 2]]), name
+    plain = torch.nn.functional.linear(good["x"], good["weight"], good["bias"])
+    torch.testing.assert_close(actual["y"][[2, 7]], plain[[2, 7]])
+
+
+@pytest.mark.skipif(("triton", DEVICE) not in _fwd.available, reason="needs a GPU or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("g", [3, 60])
+def test_ids_outside_the_bank_give_nan_rows_on_the_device(g):
+    """Reading ids on a GPU would stall its stream, so the kernels mark such rows and read nothing outside the bank."""
+    ids = torch.tensor([0, 1, -1, 2, 0, 1, 1, -1])
+    good = bank_call(ids, g, dropout=0.5)
+    bad = {**good, "adapter_ids": good["adapter_ids"].clone()}
+    bad["adapter_ids"][1], bad["adapter_ids"][2], bad["adapter_ids"][6] = g, -2, 2**40
+    wrong = (bad["adapter_ids"] != good["adapter_ids"]).cpu()
+    grad_y = torch.randn(8, 24, device=DEVICE)
+    (y, u), (bad_y, bad_u) = (_fwd.triton(*SPEC.leaf_args(a)) for a in (good, bad))
+    assert bad_y[wrong].isnan().all() and torch.equal(bad_y[~wrong], y[~wrong])
+    assert not bad_u[wrong].any() and torch.equal(bad_u[~wrong], u[~wrong])
+    args, mask = SPEC.leaf_args(bad), [True, False, False, True, True, True, False]
+    grad_x, _, _, *grads, _ = _bwd.triton(grad_y, args[0], bad_u, None, *args[1:], mask)
+    left = {**bad, "x": bad["x"][~wrong], "adapter_ids": bad["adapter_ids"][~wrong], "dropout_p": 0.0}
+    assert grad_x[wrong].isnan().all() and all(t.isfinite().all() for t in (grad_x[~wrong], *grads))
+    kept_rows = run(SPEC.reference, {**left, "dropout_seed": None}, grad_y[~wrong])
+    undropped = {**bad, "dropout_p": 0.0}
+    grads = _bwd.triton(grad_y, args[0], _fwd.triton(*SPEC.leaf_args(undropped))[1], None, *SPEC.leaf_args(undropped)[1:], mask)
+    torch.testing.assert_close(grads[3], kept_rows["lora_a"])
+    torch.testing.assert_close(grads[4], kept_rows["lora_b"])
+
+
+@backends
+def test_other_ids_cost_no_recompilation(backend):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fastadapt.lora_linear, fullgraph=True, backend=counter)
+    for ids in ([0, 1, 2, -1], [-1, -1, -1, -1], [2, 2, 2, 0]):
+        arguments = bank_call(torch.tensor(ids), lora_bias=True)
+        assert torch.equal(compiled(**arguments, backend=backend), fastadapt.lora_linear(**arguments, backend=backend))
+    assert counter.frame_count == 1
 
 
 @kernels

@@ -8,10 +8,11 @@ from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
+from .lora_bank import LoRABank
 
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
-    "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention),
+    "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
 }
 
 

@@ -30,12 +30,16 @@ def check_options(r, alpha, dropout, backend, **flags) -> None:
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
+def adapter_dtype(weight, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype``, or if that is None the one of a frozen ``weight``, but float32 where that is packed or has 16 bits."""
+    if dtype is not None:
+        return dtype
+    return weight.dtype if not is_packed(weight) and weight.dtype in (torch.float32, torch.float64) else torch.float32
+
+
 def pair(k: int, n: int, r: int, weight, *, bias: bool = False, dtype=None) -> tuple[nn.Linear, nn.Linear]:
-    """The two projections beside a frozen ``weight``; in its dtype, but float32 where that is packed or has 16 bits."""
-    if dtype is None:
-        wide = not is_packed(weight) and weight.dtype in (torch.float32, torch.float64)
-        dtype = weight.dtype if wide else torch.float32
-    factory = {"device": weight.device, "dtype": dtype}
+    """The two projections beside a frozen ``weight``, with the dtype of ``adapter_dtype``."""
+    factory = {"device": weight.device, "dtype": adapter_dtype(weight, dtype)}
     return nn.Linear(k, r, bias=False, **factory), nn.Linear(r, n, bias=bias, **factory)
 
 
@@ -43,6 +47,17 @@ def is_conv1d(layer: nn.Module) -> bool:
     """Whether this is the linear layer of ``transformers`` that keeps its weight transposed."""
     module = sys.modules.get("transformers.pytorch_utils")
     return module is not None and isinstance(layer, module.Conv1D)
+
+
+def linear_sizes(base: nn.Module) -> tuple[bool, int, int]:
+    """Whether a frozen linear layer keeps its weight as (k, n), and k and n. Refuses other layers."""
+    if is_conv1d(base):
+        return True, base.nx, base.nf
+    if not isinstance(base, nn.Linear):
+        raise TypeError(f"base must be a torch.nn.Linear or a Conv1D of transformers, got {type(base).__name__}")
+    if type(base).forward is not nn.Linear.forward and not is_packed(base.weight):
+        raise TypeError(f"base must be linear as torch.nn.Linear is, got {type(base).__name__} with a forward of its own")
+    return False, base.in_features, base.out_features
 
 
 class _Merging(nn.Module):
@@ -147,14 +162,9 @@ class LoRALinear(_Merging):
         dora: bool = False, lora_bias: bool = False, backend: str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         check_options(r, alpha, dropout, backend, rslora=rslora, dora=dora, lora_bias=lora_bias)
-        conv1d = is_conv1d(base)
-        if not conv1d and not isinstance(base, nn.Linear):
-            raise TypeError(f"base must be a torch.nn.Linear or a Conv1D of transformers, got {type(base).__name__}")
-        if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward and not is_packed(base.weight):
-            raise TypeError(f"base must be linear as torch.nn.Linear is, got {type(base).__name__} with a forward of its own")
+        conv1d, k, n = linear_sizes(base)
         super().__init__(base, conv1d, alpha, r, rslora, backend)
         self.dropout = float(dropout)
-        k, n = (base.nx, base.nf) if conv1d else (base.in_features, base.out_features)
         self.lora_A, self.lora_B = pair(k, n, r, base.weight, bias=lora_bias, dtype=dtype)
         if dora:
             self.magnitude = nn.Parameter(torch.empty_like(self.lora_B.weight[:, 0]))

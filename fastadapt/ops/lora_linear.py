@@ -297,7 +297,7 @@ def lora_linear(
         adapter_ids: integers, one for each entry of the leading dim of ``x`` (a sequence) or of all its leading dims (a
             token): the adapter of a bank that its rows go through. Those of -1 get the frozen layer's output alone. Other ids
             outside the bank raise on the CPU; on a GPU, where reading them would stall the stream, their rows become NaN.
-        check_ids: read ``adapter_ids`` on a GPU all the same, and raise there too; not under ``torch.compile``.
+        check_ids: read ``adapter_ids`` on a GPU all the same, and raise there too; ``torch.compile`` breaks its graph for that.
         backend: ``"native"``, ``"triton"`` or ``"reference"``; None takes the first of triton, native, reference on CUDA
             and of native, reference elsewhere that supports the call (see :func:`fastadapt.explain`).
 

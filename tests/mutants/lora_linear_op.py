@@ -18,6 +18,8 @@ PEFT = Rung(
     "tests/test_peft_library.py", "test_equals_the_library and dora-float32-False", plugins=("tests.mutants.extension_plugin",)
 )
 
+BANK = Rung("tests/test_ops.py", "lora_linear-triton-bank-with-everything-float32 and test_matches_reference", interpret=True)
+
 MUTANTS = (
     Mutant(
         "bias of the adapter without the gain", "missing term", {DORA: "output: (l2|max) error"},
@@ -28,6 +30,14 @@ MUTANTS = (
         "a scale that is a tensor beside a diagonal forgotten", "missing term", {EVERYTHING: "output: (l2|max) error"},
         [(OP, "else scale * diagonal.to(wide)", "else diagonal.to(wide)")],
         fast=True,
+    ),
+    Mutant(
+        "bias of the first adapter for rows without one", "missing term", {BANK: "output: (l2|max) error"},
+        [(OP, "torch.where(ids < 0, len(lora_bias), ids.clamp(max=len(lora_bias)))", "ids.clamp(min=0)")],
+    ),
+    Mutant(
+        "scale of the first adapter for every bias", "missing term", {BANK: "output: (l2|max) error"},
+        [(OP, "table = F.pad((scale[:, None] if", "table = F.pad((scale[0] if")],
     ),
     Mutant(  # the reference takes the norm from the same function
         "norm of the frozen rows alone", "missing term", {PEFT: "(l2|max) error"},

@@ -21,7 +21,17 @@ GHOST = Rung(
     "tests/test_strict_interpreter.py", "test_offsets_of_the_launches_are_64_bit and lora_linear-large and contiguous",
     interpret=True,
 )  # fmt: skip
+BANK = interpreted("integers-in-a-bank-float32 and test_integers_are_exact")
+SORTED = interpreted("bank-sorted-float32 and test_matches_reference", ACCURACY)
+SEQUENCES = interpreted("bank-of-sequences-float32 and test_matches_reference", ACCURACY)
+APART = Rung("tests/test_lora_linear.py", "test_an_adapter_reaches_no_row_but_its_own and triton", interpret=True)
+OUTSIDE = Rung("tests/test_lora_linear.py", "test_ids_outside_the_bank_give_nan_rows", interpret=True)
+GHOST_BANK = Rung(
+    "tests/test_strict_interpreter.py", "test_offsets_of_the_launches_are_64_bit and lora_linear-bank-of-many and contiguous",
+    interpret=True,
+)  # fmt: skip
 GRAD = "grad of {}: (l2|max) error"
+OUTPUT = "output: (l2|max) error"
 
 MUTANTS = (
     Mutant(
@@ -90,5 +100,84 @@ MUTANTS = (
     Mutant(
         "grad_y without gain in t", "missing term", {DORA: GRAD.format("lora_a")},
         [(FWD, "t = self.ranks(self.grad_rows, self.n, self.gain,", "t = self.ranks(self.grad_rows, self.n, None,")],
+    ),
+    Mutant(
+        "ranks of every adapter in every row", "wrong row of a bank", {BANK: "integers: .* differs", SORTED: OUTPUT},
+        [(FWD, "own, c_ptr = inside & (ids == adapter), diagonal_ptr", "own, c_ptr = inside & (ids >= 0), diagonal_ptr")],
+        fast=True,
+    ),
+    Mutant(
+        "u of the adapter beside", "wrong row of a bank", {BANK: "integers: .* differs", SORTED: OUTPUT},
+        [(FWD, "own = inside[:, None] & (ids[:, None] ==", "own = inside[:, None] & ((ids[:, None] + 1) % g ==")],
+    ),
+    Mutant(
+        "last adapter of a tile left out", "mask off by one", {BANK: "integers: .* differs", SORTED: OUTPUT},
+        [(FWD, "tl.max(tl.where(here, ids + 1, 0), 0)", "tl.max(tl.where(here, ids, 0), 0)")],
+    ),
+    Mutant(
+        "first adapter of a tile left out", "mask off by one", {BANK: "integers: .* differs", SORTED: OUTPUT},
+        [(FWD, "tl.min(tl.where(here, ids, g), 0)", "(tl.min(tl.where(here, ids, g), 0) + 1)")],
+    ),
+    Mutant(
+        "-1 as the last adapter", "id -1 not honoured", {BANK: "integers: .* differs", APART: "assert"},
+        [
+            (
+                FWD,
+                "    here = inside & (ids >= 0) & (ids < g)\n",
+                "    ids = tl.where(ids == -1, g - 1, ids)\n    here = inside & (ids >= 0) & (ids < g)\n",
+            )
+        ],
+    ),
+    Mutant(
+        "adapters up to the largest id", "load out of bounds", {OUTSIDE: "BoundsError: load|overflow"},
+        [(FWD, "here = inside & (ids >= 0) & (ids < g)", "here = inside & (ids >= 0)")],
+    ),
+    Mutant(
+        "ids beyond the bank as -1", "NaN swallowed", {OUTSIDE: "assert"},
+        [(FWD, "acc = tl.where(((ids >= -1) & (ids < g))[:, None]", "acc = tl.where((ids >= -1)[:, None]")],
+    ),
+    Mutant(
+        "an id for each row of a sequence", "load out of bounds", {SEQUENCES: "BoundsError: load"},
+        [(FWD, "tl.load(ids_ptr + rows // rows_per_id, mask", "tl.load(ids_ptr + rows, mask")],
+    ),
+    Mutant(
+        "scale of the first adapter", "wrong row of a bank", {BANK: "integers: y differs", SORTED: OUTPUT},
+        [(FWD, "c_ptr = diagonal_ptr + adapter * R", "c_ptr = diagonal_ptr")],
+    ),
+    Mutant(
+        "scale of the first adapter in backward", "wrong row of a bank", {SORTED: GRAD.format("lora_b")},
+        [(BWD, "            diagonal_ptr += group * R\n", "            diagonal_ptr += 0\n")],
+    ),
+    Mutant(
+        "adapters multiplied by what is zero", "zero times infinity", {APART: "assert"},
+        [(
+            FWD,
+            "acc = tl.where(own[:, None], tl.dot(low, side, acc, input_precision=PRECISION), acc)",
+            "acc = tl.dot(low, side, acc, input_precision=PRECISION)",
+        )],
+    ),
+    Mutant(
+        "a plane of the neighbour", "wrong row of a bank", {SORTED: "not finite|" + GRAD.format("lora_a")},
+        [(BWD, "first64.to(tl.int32), last64.to(tl.int32)", "first64.to(tl.int32), last64.to(tl.int32) + 1")],
+    ),
+    Mutant(
+        "rows of the neighbour", "mask off by one", {SORTED: "BoundsError|" + GRAD.format("lora_a")},
+        [(BWD, "        end = tl.minimum(start + chunk, end)\n", "        end = start + chunk\n")],
+    ),
+    Mutant(
+        "rows as they come for sorted chunks", "wrong row of a bank", {SORTED: GRAD.format("lora_a")},
+        [(BWD, "            rows = tl.load(order_ptr + rows, mask=inside, other=0)\n", "            rows += 0\n")],
+    ),
+    Mutant(
+        "gradient of the bias without rows of -1", "missing term", {SEQUENCES: GRAD.format("bias")},
+        [(FWD, "None, grad_bias, by_adapter=False)", "None, grad_bias)")],
+    ),
+    Mutant(
+        "u of rows without an adapter left unwritten", "uninitialised memory", {OUTSIDE: "assert"},
+        [(FWD, "tl.float32), mask=none)", "tl.float32), mask=none & (m < 0))")],
+    ),
+    Mutant(
+        "adapters in 32 bits", "32-bit offset", {GHOST_BANK: "overflow"},
+        [(FWD, "adapter = (step // STEPS).to(tl.int64)", "adapter = step // STEPS")],
     ),
 )
