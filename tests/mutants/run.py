@@ -27,6 +27,11 @@ def _limit():
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
 
 
+def _environment(**more: str) -> dict:
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "PYTEST_ADDOPTS")}
+    return kept | more
+
+
 class Workshop:
     """Copies of the sources in a temporary folder, and what rungs say about them. Threads may share one."""
 
@@ -41,6 +46,10 @@ class Workshop:
         for source in FILES:
             shutil.copy(root / source, self.tree)
         (self.tree / "fastadapt/kernels").symlink_to("../kernels")  # where an installed package has them
+        # Much of what a run costs is Python's and pytest's compilation of all modules: the copies of this tree bring it along.
+        # A module that is edited then is newer than what was made of it.
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-pno:cacheprovider", "tests"]
+        subprocess.run(command, cwd=self.tree, env=_environment(), capture_output=True)
 
     def run(self, rung: Rung, edits: tuple = ()) -> tuple[bool, str]:
         """Whether every selected test passes after the edits, and the messages of those that don't."""
@@ -50,10 +59,9 @@ class Workshop:
             return self._run(rung, tree)
 
     def _run(self, rung: Rung, tree: Path) -> tuple[bool, str]:
-        env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "PYTEST_ADDOPTS")}
-        env |= {"PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1" if rung.interpret else "0"}
+        env = _environment(PYTHONDONTWRITEBYTECODE="1", TRITON_INTERPRET="1" if rung.interpret else "0")
         env["FASTADAPT_MUTANTS_OBJECTS"] = str(self.objects)
-        plugins = ["no:cacheprovider", *rung.plugins]
+        plugins = ["no:cacheprovider", "no:hypothesispytest", *rung.plugins]  # hypothesis takes a second to import
         if "tests.mutants.extension_plugin" in plugins:
             try:
                 extension.build(tree, self.objects)
