@@ -42,10 +42,12 @@ class Workshop:
         self._green, self._locks = {}, {}
         self.tree = self.folder / "clean"
         for source in FOLDERS:
-            shutil.copytree(root / source, self.tree / source, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(root / source, self.tree / source, symlinks=True, ignore=ignored)
         for source in FILES:
             shutil.copy(root / source, self.tree)
-        (self.tree / "fastadapt/kernels").symlink_to("../kernels")  # where an installed package has them
+        if not (self.tree / "fastadapt/kernels").exists():
+            (self.tree / "fastadapt/kernels").symlink_to("../kernels")  # where an installed package has them
         # Much of what a run costs is Python's and pytest's compilation of all modules: the copies of this tree bring it along.
         # A module that is edited then is newer than what was made of it.
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-pno:cacheprovider", "tests"]
