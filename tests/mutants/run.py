@@ -14,7 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from . import ROOT, Mutant, Rung, extension, plant, table
@@ -33,13 +35,18 @@ def _environment(**more: str) -> dict:
 
 
 class Workshop:
-    """Copies of the sources in a temporary folder, and what rungs say about them. Threads may share one."""
+    """Copies of the sources in a temporary folder, and what rungs say about them. Threads may share one.
 
-    def __init__(self, folder: Path, root: Path = ROOT):
+    Of ``mutants``, rungs that differ in the selected tests alone run together on the sources as they are.
+    """
+
+    def __init__(self, folder: Path, root: Path = ROOT, mutants: Iterable[Mutant] = ()):
         self.folder = Path(folder)
         self.objects = self.folder / "objects"
         self.objects.mkdir()
-        self._green, self._locks = {}, {}
+        self._green, self._locks, self._together = {}, {}, {}
+        for rung in dict.fromkeys(rung for mutant in mutants for rung in mutant.seen):
+            self._together.setdefault(replace(rung, select=""), []).append(f"({rung.select})")
         self.tree = self.folder / "clean"
         for source in FOLDERS:
             ignored = shutil.ignore_patterns("__pycache__", "*.so")
@@ -84,11 +91,14 @@ class Workshop:
 
     def green(self, rung: Rung) -> str | None:
         """None if the rung passes on the sources as they are, else what it says."""
-        with self._locks.setdefault(rung, threading.Lock()):
-            if rung not in self._green:
-                self._green[rung] = self.run(rung)
-        green, text = self._green[rung]
-        return None if green else text
+        alike = replace(rung, select="")
+        together = replace(rung, select=" or ".join(self._together.get(alike, [rung.select])))
+        with self._locks.setdefault(alike, threading.Lock()):
+            for tried in (together, rung):  # alone where another one fails
+                green, text = self._green.get(tried) or self._green.setdefault(tried, self.run(tried))
+                if green:
+                    return None
+        return text
 
     def survives(self, mutant: Mutant) -> str | None:
         """None if every rung of the mutant sees it for the right reason, else what happened."""
@@ -118,7 +128,7 @@ def main():
     }
     survivors = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        workshop = Workshop(folder)
+        workshop = Workshop(folder, mutants=chosen.values())
 
         def verdict(mutant):
             start = time.time()
