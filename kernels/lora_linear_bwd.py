@@ -62,7 +62,8 @@ def lora_linear_bwd_columns_kernel(
             sums += tl.sum(left.to(tl.float32), 0)
         if dots_ptr is not None:
             y = tl.load(y_ptr + rows[:, None] * d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            dots += tl.sum(left.to(tl.float32) * tl.where(inside[:, None], y - bias[None, :], 0.0), 0)
+            # A product that a compiler fuses with the first sum of two lanes has other bits in either, which both store.
+            dots += tl.sum(tl.fma(left.to(tl.float32), tl.where(inside[:, None], y - bias[None, :], 0.0), 0.0), 0)
         if gain_ptr is not None:
             left = (left.to(tl.float32) * gain[None, :]).to(dtype)
         if seed_ptr is not None:

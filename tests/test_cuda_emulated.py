@@ -117,7 +117,7 @@ def test_sanitizer_reports_nothing(emulate, op, case, dtype, sanitizer):
 @pytest.mark.parametrize("device", DEVICES)
 @over(all_cases, *DTYPES[:2])
 def test_no_access_out_of_bounds(emulate, op, case, dtype, device):
-    emulated_check(emulate(op, sanitized("address", op), **DEVICES[device], schedules=2), make=lambda: case.make(dtype, "cpu"))
+    emulated_check(emulate(op, sanitized("address", op), **DEVICES[device]), make=lambda: case.make(dtype, "cpu"))
 
 
 @pytest.mark.slow
@@ -127,10 +127,10 @@ def test_no_race(emulate, op, case, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ("address", "thread"))
 @over(telling, *DTYPES[:2])
-def test_twenty_schedules(emulate, op, case, dtype, sanitizer):
-    spec = emulate(op, sanitized(sanitizer, op), multiprocessors=8, schedules=20)
+def test_twenty_schedules(emulate, op, case, dtype):
+    """Of races alone: no order of the threads moves what they reach."""
+    spec = emulate(op, sanitized("thread", op), multiprocessors=8, schedules=20)
     emulated_check(spec, make=lambda: case.make(dtype, "cpu"))
 
 

@@ -43,7 +43,7 @@ def test_edits_fit_the_sources(op, kind):
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("mutants"))
+    return Workshop(tmp_path_factory.mktemp("mutants"), mutants=[mutant for p in QUICK for mutant in p.values])
 
 
 @pytest.mark.parametrize("mutant", QUICK)
@@ -53,24 +53,27 @@ def test_a_planted_error_is_seen(workshop, mutant):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A project of one line and its test."""
+    """A project of one line, a test that holds and one that doesn't."""
     root = tmp_path_factory.mktemp("toy")
     for folder in FOLDERS:
         (root / folder).mkdir()
     for file in FILES:
         (root / file).touch()
     (root / "kernels/one.py").write_text("one = 1  # the number\n")
-    (root / "tests/test_one.py").write_text("from kernels.one import one\n\ndef test_one():\n    assert one == 1\n")
-    return Workshop(tmp_path_factory.mktemp("mutants of the toy"), root)
+    tests = "from kernels.one import one\n\ndef test_right():\n    assert one == 1\n\ndef test_wrong():\n    assert one == 3\n"
+    (root / "tests/test_one.py").write_text(tests)
+    mutants = [Mutant("toy", "toy", {Rung("tests/test_one.py", name): ""}, ()) for name in ("right", "wrong")]
+    return Workshop(tmp_path_factory.mktemp("mutants of the toy"), root, mutants)
 
 
 @pytest.mark.parametrize(
     "old, new, select, error, verdict",
     [
-        ("one = 1", "one = 2", "test_one", "assert 2 == 1", None),
-        ("number", "figure", "test_one", "assert", "passes with the error"),
-        ("one = 1", "one = (", "test_one", "assert", "fails, but not with 'assert': .*SyntaxError"),
-        ("one = 1", "one = 2", "test_two", "assert", "fails without the error: .*1 deselected"),
+        ("one = 1", "one = 2", "right", "assert 2 == 1", None),
+        ("number", "figure", "right", "assert", "passes with the error"),
+        ("number", "figure", "wrong", "assert", "fails without the error: .*assert 1 == 3"),
+        ("one = 1", "one = (", "right", "assert", "fails, but not with 'assert': .*SyntaxError"),
+        ("one = 1", "one = 2", "nothing", "assert", "fails without the error: .*deselected"),
     ],
 )
 def test_only_the_right_failure_counts(toy, old, new, select, error, verdict):

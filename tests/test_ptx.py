@@ -9,9 +9,10 @@ import torch
 from fastadapt._leaf import INTERPRET
 
 from .gpuless import stable
+from .gpuless.emulated import CUDA
 from .gpuless.emulated import ops as cuda_ops
 from .gpuless.ptx import triton_device
-from .gpuless.ptx.cuda_device import CudaDevice
+from .gpuless.ptx.cuda_device import CudaDevice, compile_ptx
 from .gpuless.ptx.machine import Launch
 from .gpuless.ptx.memory import Memory
 from .gpuless.ptx.parser import Fault, Refused
@@ -50,13 +51,17 @@ def name(dtype):
     return str(dtype)[6:]
 
 
+# What float16 adds to bfloat16, and sm_90 to what nvcc makes for sm_80 (test_cuda_is_one_code_for_all), the telling cases show.
+
+
 def triton_calls():
     for op, spec in SPECS.items():
         for arch in ARCHITECTURES:
             for dtype in spec.dtypes:
                 for case in (*spec.cases, *spec.tiled):
-                    quick = case.name in TELLING and dtype != torch.float16
-                    marks = () if quick else pytest.mark.slow
+                    if dtype == torch.float16 and case.name not in TELLING:
+                        continue
+                    marks = () if case.name in TELLING and dtype != torch.float16 else pytest.mark.slow
                     yield pytest.param(op, arch, case, dtype, marks=marks, id=f"{op}-{case.name}-{name(dtype)}-sm_{arch}")
 
 
@@ -70,6 +75,8 @@ def cuda_calls():
                         # The short run takes each case, and one of several tiles, once, in one dtype and plan or another.
                         quick = arch == 80 and i % len(spec.dtypes) == j and i % len(PLANS) == k
                         quick &= case not in spec.tiled[1:]
+                        if not quick and case.name not in TELLING and (arch != 80 or dtype == torch.float16):
+                            continue
                         marks = () if quick else pytest.mark.slow
                         what = f"{op}-{case.name}-{name(dtype)}-{plan}-sm_{arch}"
                         yield pytest.param(op, arch, plan, case, dtype, marks=marks, id=what)
@@ -86,6 +93,17 @@ def test_triton_matches_reference(monkeypatch, op, arch, case, dtype):
 def test_cuda_matches_reference(on_cuda, op, arch, plan, case, dtype):
     on_cuda(op, arch, plan)
     check(SPECS[op], "native", lambda: case.make(dtype, "cpu"))
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("op", cuda_ops())
+def test_cuda_is_one_code_for_all(op):
+    """nvcc's PTX for sm_80 and sm_90 differs in how a bfloat16 becomes a float32, and nowhere else."""
+    to_float = r"\{ (mov\.b32 (%f\d+), \{0,(%rs\d+)\}|cvt\.f32\.bf16 (%f\d+), (%rs\d+));\}"
+    codes = [compile_ptx(CUDA / f"{op}.cu", arch).partition(".entry")[2] for arch in ARCHITECTURES]
+    first, *others = [re.sub(to_float, r"\2\4 = \3\5", code).splitlines() for code in codes]
+    assert first and all(first == other for other in others)
 
 
 class Planted:

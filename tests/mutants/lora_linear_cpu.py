@@ -1,6 +1,7 @@
 """Errors planted in the CPU kernels of lora_linear."""
 
 from . import Mutant, Rung
+from .extension import target
 
 ROWS, PHILOX = "csrc/cpu/lora_linear_rows.h", "csrc/cpu/philox.h"
 
@@ -19,7 +20,10 @@ def sanitized(select):
 DROPPED, DORA = native("dropout"), native("dora-with-everything")
 ADDRESSES = sanitized("m33-d65-r17-float32 and test_usual_target_stays_in_bounds")
 FRESH = sanitized("dora-with-everything-float32 and test_usual_target_stays_in_bounds")
-STRIPS = sanitized("r7-avx2-float32 and test_stays_in_bounds")
+STRIPS = Rung(
+    "tests/test_ops_numerics.py", f"lora_linear-native-columns-of-some-rows-float32-{target()} and test_every_instruction_set",
+    plugins=("tests.mutants.extension_plugin",),
+)  # fmt: skip
 OUTPUT, GRAD = "output: (l2|max) error", "grad of {}: (l2|max) error"
 
 MUTANTS = (

@@ -14,7 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from . import ROOT, Mutant, Rung, extension, plant, table
@@ -27,20 +29,36 @@ def _limit():
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
 
 
-class Workshop:
-    """Copies of the sources in a temporary folder, and what rungs say about them. Threads may share one."""
+def _environment(**more: str) -> dict:
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "PYTEST_ADDOPTS")}
+    return kept | more
 
-    def __init__(self, folder: Path, root: Path = ROOT):
+
+class Workshop:
+    """Copies of the sources in a temporary folder, and what rungs say about them. Threads may share one.
+
+    Of ``mutants``, rungs that differ in the selected tests alone run together on the sources as they are.
+    """
+
+    def __init__(self, folder: Path, root: Path = ROOT, mutants: Iterable[Mutant] = ()):
         self.folder = Path(folder)
         self.objects = self.folder / "objects"
         self.objects.mkdir()
-        self._green, self._locks = {}, {}
+        self._green, self._locks, self._together = {}, {}, {}
+        for rung in dict.fromkeys(rung for mutant in mutants for rung in mutant.seen):
+            self._together.setdefault(replace(rung, select=""), []).append(f"({rung.select})")
         self.tree = self.folder / "clean"
         for source in FOLDERS:
-            shutil.copytree(root / source, self.tree / source, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(root / source, self.tree / source, symlinks=True, ignore=ignored)
         for source in FILES:
             shutil.copy(root / source, self.tree)
-        (self.tree / "fastadapt/kernels").symlink_to("../kernels")  # where an installed package has them
+        if not (self.tree / "fastadapt/kernels").exists():
+            (self.tree / "fastadapt/kernels").symlink_to("../kernels")  # where an installed package has them
+        # Much of what a run costs is Python's and pytest's compilation of all modules: the copies of this tree bring it along.
+        # A module that is edited then is newer than what was made of it.
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-pno:cacheprovider", "tests"]
+        subprocess.run(command, cwd=self.tree, env=_environment(), capture_output=True)
 
     def run(self, rung: Rung, edits: tuple = ()) -> tuple[bool, str]:
         """Whether every selected test passes after the edits, and the messages of those that don't."""
@@ -50,10 +68,9 @@ class Workshop:
             return self._run(rung, tree)
 
     def _run(self, rung: Rung, tree: Path) -> tuple[bool, str]:
-        env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "PYTEST_ADDOPTS")}
-        env |= {"PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1" if rung.interpret else "0"}
+        env = _environment(PYTHONDONTWRITEBYTECODE="1", TRITON_INTERPRET="1" if rung.interpret else "0")
         env["FASTADAPT_MUTANTS_OBJECTS"] = str(self.objects)
-        plugins = ["no:cacheprovider", *rung.plugins]
+        plugins = ["no:cacheprovider", "no:hypothesispytest", *rung.plugins]  # hypothesis takes a second to import
         if "tests.mutants.extension_plugin" in plugins:
             try:
                 extension.build(tree, self.objects)
@@ -74,11 +91,14 @@ class Workshop:
 
     def green(self, rung: Rung) -> str | None:
         """None if the rung passes on the sources as they are, else what it says."""
-        with self._locks.setdefault(rung, threading.Lock()):
-            if rung not in self._green:
-                self._green[rung] = self.run(rung)
-        green, text = self._green[rung]
-        return None if green else text
+        alike = replace(rung, select="")
+        together = replace(rung, select=" or ".join(self._together.get(alike, [rung.select])))
+        with self._locks.setdefault(alike, threading.Lock()):
+            for tried in (together, rung):  # alone where another one fails
+                green, text = self._green.get(tried) or self._green.setdefault(tried, self.run(tried))
+                if green:
+                    return None
+        return text
 
     def survives(self, mutant: Mutant) -> str | None:
         """None if every rung of the mutant sees it for the right reason, else what happened."""
@@ -108,7 +128,7 @@ def main():
     }
     survivors = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        workshop = Workshop(folder)
+        workshop = Workshop(folder, mutants=chosen.values())
 
         def verdict(mutant):
             start = time.time()

@@ -1,6 +1,7 @@
 """CUDA sources on a simulated GPU: their host side runs here, and the kernels that it launches run as the PTX of nvcc."""
 
 import ctypes
+import functools
 import subprocess
 import weakref
 from pathlib import Path
@@ -25,6 +26,7 @@ ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint64)
 OWNS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 
 
+@functools.cache
 def compile_ptx(source: Path, arch: int) -> str:
     includes = [f"-isystem={path}" for path in include_paths()]
     command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", ABI, *includes, f"-arch=sm_{arch}", "-ptx", source, "-o", "-"]
