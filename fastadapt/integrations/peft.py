@@ -104,7 +104,7 @@ def _kept_norms(magnitude: nn.Module, name: str, *args) -> Tensor | None:
     if not peft_dora.ENABLE_DORA_CACHING or magnitude.training:
         return None
     key = f"weight-norm-{name}"  # the library's own
-    norms = magnitude._cache_get(key)
+    norms = magnitude._cache_get(key, None)
     if norms is None:
         norms = row_norms(*args)
         magnitude._cache_store(key, norms)
@@ -150,20 +150,19 @@ def _active(layer, x: Tensor) -> Tensor | None:
             parts.append(other)
         if len(parts) > 1 and all(_fits(x, frozen[0], other[0], other[3]) for other in parts):
             (part, diagonal), done = _several(parts), len(parts)
+    if any(name in layer.lora_variant for name in names[done:]):
+        return None  # DoRA scales what it finds, which must not have been rounded before
     y = _linear(layer, x, *frozen, names[0], part, diagonal)
     return y if y is None or done == len(names) else _added(layer, x, y, names[done:])
 
 
 def _added(layer, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
-    """``y`` with further adapters, each as the library adds it: with a dropout of its own, or a DoRA of what it finds."""
+    """``y`` with further adapters, each as the library adds it: with a dropout of its own."""
     dtype = y.dtype
     for name in names:
         down, up = layer.lora_A[name], layer.lora_B[name]
         x = layer._cast_input_dtype(x, down.weight.dtype)
-        if variant := layer.lora_variant.get(name):
-            y = variant.forward(layer, active_adapter=name, x=x, result=y)
-        else:
-            y = y + up(down(layer.lora_dropout[name](x))) * layer.scaling[name]
+        y = y + up(down(layer.lora_dropout[name](x))) * layer.scaling[name]
     return y.to(dtype)
 
 
