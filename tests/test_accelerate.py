@@ -143,7 +143,10 @@ def dropped(expected, x, p, training=True, inplace=False):
 @pytest.mark.parametrize("dtype, autocast", [("float32", False), ("bfloat16", False), ("float32", True)])
 @over_cases
 def test_equals_the_library(calls, monkeypatch, base, options, dtype, autocast):
-    """In bfloat16 the library keeps the adapters in float32."""
+    """In bfloat16 the library keeps the adapters in float32.
+
+    With DoRA and dropout it also computes the frozen product in float32; there it is compared as it is under autocast.
+    """
     # The library drops a float32 copy of a bfloat16 input, whose mask would be another one.
     monkeypatch.setattr(nn.functional, "dropout", partial(dropped, options[0].get("lora_dropout")))
     dtype = getattr(torch, dtype)
@@ -151,7 +154,8 @@ def test_equals_the_library(calls, monkeypatch, base, options, dtype, autocast):
     fast = copy.deepcopy(library)
     report = fastadapt.accelerate(fast)
     assert report.rows == (("base_model.model.target", "accelerated", ""),)
-    assert_equal_outcomes(fast, library, base, dtype, autocast)
+    wider = dtype == torch.bfloat16 and "lora_dropout" in options[0]
+    assert_equal_outcomes(fast, library, base, dtype, autocast or wider)
     assert len(calls) == (0 if base == "embedding" or options[1:] == (DORA,) else 16)
 
 

@@ -118,12 +118,13 @@ def _linear(layer, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, pa
     if magnitude is None:
         return lora_linear(x, weight, bias, a, b, dropout_p=p, lora_bias=lora_bias, diagonal=diagonal, **options)
     if p:
-        # The library drops the input of the frozen product too, but not of the one it takes away again.
+        # The library drops the input of the frozen product too, but not of the one it takes away again. The factor that makes
+        # up for what is dropped goes into the gain, where it rounds nothing.
         if is_packed(weight):
             return None
-        dropped = F.dropout(x, p)
-        y = lora_linear(dropped, weight, bias, a, b, magnitude=magnitude.weight, **options)
-        return y + F.linear(x - dropped, weight)
+        kept, factor = x * (F.dropout(torch.ones_like(x), p) != 0), 1 / (1 - p)
+        y = lora_linear(kept, weight, bias, a, b, magnitude=factor * magnitude.weight, **options)
+        return y + F.linear(torch.sub(x, kept, alpha=factor), weight)
     if is_packed(weight) or (norms := _kept_norms(magnitude, name, weight, a, b, scale)) is None:
         return lora_linear(x, weight, bias, a, b, magnitude=magnitude.weight, **options)
     y = lora_linear(x, weight, None, a, b, **options)
