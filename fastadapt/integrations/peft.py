@@ -321,9 +321,13 @@ if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
         """``peft.tuners.lora.Linear4bit`` on kernels; the weight is made dense for one call at a time."""
 
         def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-            dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) and x.dtype is torch.float32 else x.dtype
-            # A single row without gradient is a kernel of bitsandbytes that reads the packed weight as it is.
-            if x.numel() == x.shape[-1] and not torch.is_grad_enabled() or self.base_layer.compute_dtype not in (None, dtype):
+            base, dtype = self.base_layer, x.dtype
+            if dtype is torch.float32 and autocasts(x):
+                dtype = torch.get_autocast_dtype(x.device.type)
+            # bitsandbytes has kernels of its own for a single row, and for weights that it packs anew for a CPU.
+            state = getattr(base.weight, "quant_state", None)
+            theirs = state is None or getattr(state, "packing_format_for_cpu", False) or base.compute_dtype not in (None, dtype)
+            if theirs or (x.numel() == x.shape[-1] and not torch.is_grad_enabled()):
                 return lora.Linear4bit.forward(self, x, *args, **kwargs)
             return super().forward(x, *args, **kwargs).to(x.dtype)
 
