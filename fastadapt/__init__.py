@@ -9,8 +9,9 @@ if importlib.util.find_spec("fastadapt._C"):  # a wheel built with FASTADAPT_BUI
 
 from . import nn  # noqa: E402
 from ._leaf import explain  # noqa: E402
+from .integrations import accelerate, restore  # noqa: E402
 from .ops import *  # noqa: E402, F403
 from .ops import __all__ as _ops  # noqa: E402
 
-__all__ = ["explain", "nn", *_ops]
+__all__ = ["accelerate", "explain", "nn", "restore", *_ops]
 __version__ = "0.1.0"

@@ -42,7 +42,7 @@ def adapter_ids(ids: Tensor, x: Tensor, g: int, values: bool = False) -> None:
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"adapter_ids must be an integer tensor, got {ids.dtype}")
     sequences, tokens = tuple(x.shape[:-1][:1]), tuple(x.shape[:-1])
-    if tuple(ids.shape) not in (sequences, tokens):
+    if tuple(ids.shape) != sequences and tuple(ids.shape) != tokens:  # `in` fails under torch.compile with dynamic sizes
         raise ValueError(
             f"adapter_ids must be {sequences} (one a sequence) or {tokens} (one a token) to match x, got {tuple(ids.shape)}"
         )

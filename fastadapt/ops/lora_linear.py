@@ -33,11 +33,11 @@ def row_norms(
     """
     with torch.no_grad(), without_autocast(weight):
         wide = torch.promote_types(weight.dtype, torch.float32)
-        a = lora_a.to(weight.dtype)
+        a = lora_a.to(wide)
         update = scale * (lora_b.to(wide) if diagonal is None else lora_b.to(wide) * diagonal)
-        gram = a.to(wide) @ a.to(wide).T
+        gram = a @ a.T
         square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        mixed = (weight @ a.T).to(wide)
+        mixed = weight.to(wide) @ a.T  # in 16 bits it would err as much as the adapter changes a norm in a step
         return (square + ((2 * mixed + update @ gram) * update).sum(1)).clamp(min=0).sqrt()
 
 
