@@ -179,7 +179,8 @@ def _arguments(
         bias = added if bias is None else bias + added
     if isinstance(scale, Tensor):
         scale = scale[:, None] if scale.dim() else scale
-        diagonal = scale.expand(lora_a.shape[:-1]) if diagonal is None else scale * diagonal.to(torch.promote_types(x.dtype, torch.float32))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        diagonal = scale.expand(lora_a.shape[:-1]) if diagonal is None else scale * diagonal.to(wide)
         scale = 1.0
     seed = dropout_seed if dropout_p else None
     return x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids
