@@ -280,6 +280,44 @@ def test_hooks_and_new_classes_that_come_later_are_respected(calls):  # noqa: F8
         del part.forward
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_hooks_of_device_maps(calls, offload):  # noqa: F811
+    """Those that move inputs to the weights' device stand in no way; those that fetch the weights are the library's matter."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model = build("linear", {})
+    x, _ = inputs("linear", draws=1)
+    expected = target(model)(x)
+    layer, parts = target(model), [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for part in (layer, *parts):
+        add_hook_to_module(part, AlignDevicesHook(DEVICE, offload=offload and part is not layer))
+    before = dict(vars(layer))
+    model.more = build("linear", {})
+    report = fastadapt.accelerate(model)
+    assert [row.state for row in report.rows] == ["left" if offload else "accelerated", "accelerated"]
+    torch.testing.assert_close(layer(x), expected)
+    assert len(calls) == (not offload)
+    fastadapt.restore(model)
+    assert vars(layer) == before and type(layer) is peft.tuners.lora.Linear
+    remove_hook_from_module(layer)
+    layer.forward = lambda x: x
+    assert fastadapt.accelerate(model).rows[0].reason == "its forward has been replaced"
+
+
+def test_layers_that_the_library_injects(calls):  # noqa: F811
+    """Without a PeftModel around them, as load_adapter of transformers and diffusers does."""
+    model = nn.Sequential()
+    model.target = nn.Linear(K, N)
+    model = randomised(peft.inject_adapter_in_model(config(bias="all"), model))
+    model.target.base_layer.bias.requires_grad_()
+    x, _ = inputs("linear", draws=1)
+    expected = torch.autograd.grad(model(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
+    assert fastadapt.accelerate(model).accelerated == ["target"]
+    actual = torch.autograd.grad(model(x).square().sum(), [p for p in model.parameters() if p.requires_grad])
+    assert len(calls) == 1 and len(actual) == 3
+    torch.testing.assert_close(actual, expected)
+
+
 def test_what_cannot_be_accelerated_raises():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
         fastadapt.accelerate({})

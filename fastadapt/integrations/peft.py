@@ -5,9 +5,11 @@ can't compute here (``operands`` and ``_frozen`` say why in words, ``_fits`` loo
 """
 
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners import lora
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import variants
@@ -29,11 +31,13 @@ _LARGEST_DROPOUT = 65535 / 65536
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )  # fmt: skip
+    """Whether calling ``module`` does more than its class says, or than moving inputs to the device of its weights."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if "forward" not in module.__dict__:
+        return False
+    hook = module.__dict__.get("_hf_hook")  # those of device_map
+    return type(hook) is not AlignDevicesHook or hook.offload or hook.io_same_device
 
 
 def _frozen(layer) -> tuple[Tensor, Tensor | None] | str:
@@ -78,7 +82,7 @@ def _fits(x: Tensor, weight: Tensor, a: Tensor, scale) -> bool:
     """Whether dtypes and devices are those of the kernels; the library casts ``x`` to the adapter's dtype."""
     if a.dtype is not x.dtype and not (a.dtype is torch.float32 and x.dtype in _NARROW):
         return False
-    if isinstance(scale, Tensor) and (scale.device != x.device or x.dtype is torch.float64):
+    if weight.device != x.device or isinstance(scale, Tensor) and (scale.device != x.device or x.dtype is torch.float64):
         return False
     return weight.dtype is x.dtype or is_packed(weight) or autocasts(x)
 
@@ -341,6 +345,8 @@ def _examined(layer) -> tuple[str, str]:
     kind = type(layer)
     if _OURS.get(_THEIRS.get(kind, kind)) is None:
         return "left", f"no kernel for {kind.__module__.rpartition('.')[0].removeprefix('peft.tuners.')}.{kind.__name__}"
+    if "forward" in vars(layer) and not _behind_hook(layer):
+        return "left", "its forward has been replaced"
     if isinstance(layer, lora.Embedding):
         return "accelerated", ""
     if type(frozen := _frozen(layer)) is str:
@@ -351,6 +357,17 @@ def _examined(layer) -> tuple[str, str]:
     return ("left" if refused and len(refused) == len(reasons) else "in part" if refused else "accelerated"), words
 
 
+def _behind_hook(layer) -> bool:
+    """Whether a hook of the library accelerate keeps the bound forward of the class."""
+    return getattr(vars(layer).get("_old_forward"), "__func__", None) is type(layer).forward
+
+
+def _swap(layer, kind: type) -> None:
+    if _behind_hook(layer):
+        layer._old_forward = MethodType(kind.forward, layer)
+    layer.__class__ = kind
+
+
 def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
     """Swap the classes of the layers that kernels serve."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -358,12 +375,12 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
     for row in rows:
         layer = layers[row.module]
         if row.state != "left":
-            layer.__class__ = _OURS.get(type(layer), type(layer))
+            _swap(layer, _OURS.get(type(layer), type(layer)))
             layer._fastadapt_backend = backend
     if any(row.state != "left" for row in rows):
         for module in model.modules():
             if type(module) is lora.LoraModel:
-                module.__class__ = LoraModel
+                _swap(module, LoraModel)
     return rows
 
 
@@ -371,5 +388,5 @@ def restore(model: nn.Module) -> None:
     """Give every layer its class back."""
     for module in model.modules():
         if type(module) in _THEIRS:
-            module.__class__ = _THEIRS[type(module)]
+            _swap(module, _THEIRS[type(module)])
             module.__dict__.pop("_fastadapt_backend", None)
