@@ -140,25 +140,37 @@ def _active(layer, x: Tensor) -> Tensor | None:
     """The base layer with the active adapters, the first of them in its own product; None where no kernel can."""
     frozen, active = _frozen(layer), layer._active_adapter
     present = layer._modules["lora_A"]._modules
-    names = [name for name in ((active,) if type(active) is str else active) if name in present]
-    if type(frozen) is str or not names:
+    names = (active,) if type(active) is str else active
+    if len(names) > 1:
+        names = [name for name in names if name in present]
+    if type(frozen) is str or not names or names[0] not in present:
         return None
-    part, diagonal, done = operands(layer, names[0]), None, 1
+    part = operands(layer, names[0])
     if type(part) is str or not _fits(x, frozen[0], part[0], part[3]):
         return None
-    if len(names) > 1 and not part[4] and part[5] is None:
-        parts = [part]
+    if len(names) > 1:
+        return _all_active(layer, x, frozen, names, part)
+    return _linear(layer, x, *frozen, names[0], part)
+
+
+def _all_active(layer, x: Tensor, frozen: tuple, names: list[str], part: tuple) -> Tensor | None:
+    """The adapters ``names``, of which ``part`` is the first: as many as can be in one product, the others beside it."""
+    parts, diagonal = [part], None
+    if not part[4] and part[5] is None:
         for name in names[1:]:
             other = operands(layer, name)
             if type(other) is str or other[4] or other[5] is not None or other[0].dtype is not part[0].dtype:
                 break
+            if not _fits(x, frozen[0], other[0], other[3]):
+                break
             parts.append(other)
-        if len(parts) > 1 and all(_fits(x, frozen[0], other[0], other[3]) for other in parts):
-            (part, diagonal), done = _several(parts), len(parts)
-    if any(name in layer.lora_variant for name in names[done:]):
+    others = names[len(parts) :]
+    if any(name in layer.lora_variant for name in others):
         return None  # DoRA scales what it finds, which must not have been rounded before
+    if len(parts) > 1:
+        part, diagonal = _several(parts)
     y = _linear(layer, x, *frozen, names[0], part, diagonal)
-    return y if y is None or done == len(names) else _added(layer, x, y, names[done:])
+    return y if y is None else _added(layer, x, y, others)
 
 
 def _added(layer, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
