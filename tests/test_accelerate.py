@@ -18,6 +18,7 @@ peft = pytest.importorskip("peft", reason="the library peft is not installed (pi
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import fastadapt.integrations.peft as ours  # noqa: E402
+from fastadapt.integrations import peft_lora  # noqa: E402
 
 K, N, R, VOCAB = 40, 24, 6, 50
 BASES = {
@@ -123,7 +124,7 @@ def calls(monkeypatch):
         seen.append(kwargs)
         return fastadapt.lora_linear(*args, **kwargs)
 
-    monkeypatch.setattr(ours, "lora_linear", spy)
+    monkeypatch.setattr(peft_lora, "lora_linear", spy)
     return seen
 
 

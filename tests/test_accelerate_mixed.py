@@ -13,6 +13,7 @@ from .test_nn import DEVICE
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration  # noqa: E402
 
 from . import test_accelerate as single  # noqa: E402
@@ -37,18 +38,19 @@ def pair(*options, **more):
     return fast, library
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype, autocast", [("float32", False), ("bfloat16", False), ("float32", True)])
 @over_cases
-def test_equals_the_library(calls, options, autocast):  # noqa: F811
-    fast, library = pair(*options)
-    assert_equal_outcomes(fast, library, autocast=autocast, adapter_names=NAMES)
+def test_equals_the_library(calls, options, dtype, autocast):  # noqa: F811
+    dtype = getattr(torch, dtype)
+    fast, library = pair(*options, dtype=dtype)
+    assert_equal_outcomes(fast, library, dtype=dtype, autocast=autocast, adapter_names=NAMES)
     assert len(calls) == 16 and all(call["adapter_ids"].tolist() == [1, -1, 0, 2, 1] for call in calls)
 
 
 def test_tensor_scales_equal_the_library(calls):  # noqa: F811
     fast, library = pair({}, {"r": 2, "lora_alpha": 3}, {})
     for model in (fast, library):
-        peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=7)
+        prepare_model_for_compiled_hotswap(model, target_rank=7)
     assert_equal_outcomes(fast, library, adapter_names=NAMES)
     assert len(calls) == 16 and calls[0]["scale"].shape == (3,)
 
@@ -100,7 +102,7 @@ def test_generate_and_its_banks(calls, monkeypatch):  # noqa: F811
     fast = copy.deepcopy(library)
     report = fastadapt.accelerate(fast)
     banks = []
-    monkeypatch.setattr(single.ours, "_bank", lambda *args, bank=single.ours._bank: banks.append(1) or bank(*args))
+    monkeypatch.setattr(single.peft_lora, "_bank", lambda *args, bank=single.peft_lora._bank: banks.append(1) or bank(*args))
     ids = torch.randint(1, 61, (3, 5), device=DEVICE)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "adapter_names": ["b", "a", "__base__"]}
     outputs = []

@@ -128,3 +128,28 @@ def test_bfloat16_with_float32_adapters():
     *models, batches = pair(llama, {}, torch.bfloat16)
     assert {p.dtype for p in models[0].parameters() if p.requires_grad} == {torch.float32}
     assert_equal_outcomes(*models, batches[:4])
+
+
+@pytest.mark.parametrize("adapters_too", [False, True])
+def test_fully_sharded(adapters_too):
+    """FSDP2 around blocks gathers what the kernels read; around adapters it waits for calls, which the library makes."""
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fast, library, batches = pair(llama, {})
+    expected = outcome(library, batches[0])
+    init_process_group("nccl" if DEVICE == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(DEVICE, (1,))
+        for block in fast.base_model.model.model.layers:
+            for part in [p for m in block.modules() if isinstance(m, peft.tuners.lora.LoraLayer) for p in (m.lora_A, m.lora_B)]:
+                if adapters_too:
+                    fully_shard(part["default"], mesh=mesh)
+            fully_shard(block, mesh=mesh)
+        fully_shard(fast, mesh=mesh)(**batches[0]).loss.backward()
+        for name, parameter in fast.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad.full_tensor(), expected[name])
+    finally:
+        destroy_process_group()
