@@ -37,7 +37,9 @@ def row_norms(
         update = scale * (lora_b.to(wide) if diagonal is None else lora_b.to(wide) * diagonal)
         gram = a @ a.T
         square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        mixed = weight.to(wide) @ a.T  # in 16 bits it would err as much as the adapter changes a norm in a step
+        # In 16 bits it would err as much as the adapter changes a norm in a step. Some rows at a time: a whole weight in float32
+        # is what this avoids.
+        mixed = torch.cat([rows.to(wide) @ a.T for rows in weight.split(max(1, 2**22 // max(1, weight.shape[1])))])
         return (square + ((2 * mixed + update @ gram) * update).sum(1)).clamp(min=0).sqrt()
 
 
@@ -330,10 +332,11 @@ def lora_linear(
     checked = checked or adapter_ids is not None
     if checked:
         _check(*given)
-    if isinstance(scale, (int, float)) and compiling:
-        # A tensor, since a number would be compiled in: one graph a value.
+    if compiling or isinstance(scale, Tensor):
+        # A number would be compiled in: one graph a value. The gradient of a tensor in 16 bits would round each of its terms.
         wide = torch.promote_types(x.dtype, torch.float32)
-        given = *given[:5], scale * torch.ones((), dtype=wide, device=x.device), *given[6:]
+        scale = scale.to(wide) if isinstance(scale, Tensor) else scale * torch.ones((), dtype=wide, device=x.device)
+        given = *given[:5], scale, *given[6:]
     if dropout_p and dropout_seed is None:
         given = *given[:7], dropout.draw_seed(x.device), *given[8:]
     args = _arguments(*given)

@@ -3,7 +3,8 @@
 from . import Mutant, Rung
 from .extension import target
 
-ROWS, PHILOX = "csrc/cpu/lora_linear_rows.h", "csrc/cpu/philox.h"
+PHILOX, CALL = "csrc/cpu/philox.h", "csrc/cpu/lora_linear.cpp"
+ROWS, COLUMNS = "csrc/cpu/lora_linear_rows.h", "csrc/cpu/lora_linear_columns.h"
 
 
 def native(case):
@@ -17,11 +18,11 @@ def sanitized(select):
     return Rung("tests/test_cpu_sanitized.py", f"lora_linear-{select}", plugins=("tests.mutants.objects_plugin",))
 
 
-DROPPED, DORA = native("dropout"), native("dora-with-everything")
+DROPPED, DORA, BANK = native("dropout"), native("dora-with-everything"), native("bank-with-everything")
 ADDRESSES = sanitized("m33-d65-r17-float32 and test_usual_target_stays_in_bounds")
 FRESH = sanitized("dora-with-everything-float32 and test_usual_target_stays_in_bounds")
 STRIPS = Rung(
-    "tests/test_ops_numerics.py", f"lora_linear-native-columns-of-some-rows-float32-{target()} and test_every_instruction_set",
+    "tests/test_ops_numerics.py", f"lora_linear-native-strips-float32-{target()} and test_every_instruction_set",
     plugins=("tests.mutants.extension_plugin",),
 )  # fmt: skip
 OUTPUT, GRAD = "output: (l2|max) error", "grad of {}: (l2|max) error"
@@ -29,21 +30,21 @@ OUTPUT, GRAD = "output: (l2|max) error", "grad of {}: (l2|max) error"
 MUTANTS = (
     Mutant(
         "dropout of the row below", "mask off by one", {DROPPED: OUTPUT},
-        [(ROWS, "dropout_factors(drop, begin + i, c,", "dropout_factors(drop, begin + i + 1, c,")],
+        [(ROWS, "p.order[position] : position, c, n, factors);", "p.order[position] : position + 1, c, n, factors);")],
         fast=True,
     ),
     Mutant(
         "gradient of lora_b without gain", "missing term", {DORA: GRAD.format("lora_b")},
-        [(ROWS, "padded<C>(p.n) + j) * gain : Vec<C>{};", "padded<C>(p.n) + j) : Vec<C>{};")],
+        [(COLUMNS, "v[k] * (gain ? factor * t.gain[j + k] : factor)", "v[k] * factor")],
         fast=True,
     ),
     Mutant(
         "gradient of x through dropped elements", "missing term", {DROPPED: GRAD.format("x")},
-        [(ROWS, "Store<T, C>{out, n, p.dropped ? t.drawn : nullptr, factor_ld}", "Store<T, C>{out, n, nullptr, factor_ld}")],
+        [(COLUMNS, "Store<T, C>{out, n, p.dropped ? t.drawn : nullptr,", "Store<T, C>{out, n, nullptr,")],
     ),
     Mutant(
         "gradient of the diagonal without scale", "missing term", {native("diagonal"): GRAD.format("diagonal")},
-        [(ROWS, "sum(first.diagonal + j) * static_cast<C>(p.scale);", "sum(first.diagonal + j);")],
+        [(COLUMNS, "total * static_cast<C>(p.scale), count);", "total, count);")],
     ),
     Mutant(
         "every second word of a counter taken twice", "mask off by one", {DROPPED: OUTPUT},
@@ -55,15 +56,41 @@ MUTANTS = (
         [(ROWS, "if (j + NV * L <= columns && !factors) {", "if (!factors) {")],
     ),
     Mutant(
-        "sums of a segment begin with what was there", "uninitialised memory", {FRESH: "grad of .*: not finite"},
-        [(ROWS, "for (int64_t j = 0; sums && j < padded<C>(p.n); ++j) sums[j] = 0;", "(void)sums;")],
+        "sums of a strip begin with what was there", "uninitialised memory", {FRESH: "grad of .*: not finite"},
+        [(COLUMNS, "memset(sums, 0, 2 * high_columns * sizeof(C));", "")],
     ),
     Mutant(
         "last columns left out of a projection", "tail skipped", {STRIPS: "(l2|max) error"},
         [(
             ROWS,
-            "for (int64_t c = 0; c < inner; c += strip, down += strip_size(p)) {",
-            "for (int64_t c = 0; c == 0 || c + strip <= inner; c += strip, down += strip_size(p)) {",
+            "for (int64_t c = 0; c == 0 || c < inner; c += wide_columns) {",
+            "for (int64_t c = 0; c == 0 || c + wide_columns <= inner; c += wide_columns) {",
         )],
+    ),
+    Mutant(
+        "one strip packed for all rows", "one tile of several", {STRIPS: "(l2|max) error"},
+        [(ROWS, "const bool once = s.end - s.begin <= high_rows;", "const bool once = true;")],
+    ),
+    Mutant(
+        "output of a bank's rows in the order of their adapters", "wrong row of a bank", {BANK: OUTPUT},
+        [(COLUMNS, "(p.order ? p.order[first + i] : first + i) * p.n + begin;", "(first + i) * p.n + begin;")],
+        fast=True,
+    ),
+    Mutant(
+        "scale of the first adapter for all", "wrong row of a bank", {native("bank-of-ranks"): OUTPUT},
+        [(ROWS, "parameter_at(p.diagonal, adapter, j,", "parameter_at(p.diagonal, 0, j,")],
+    ),
+    Mutant(
+        "a gradient of x where there is no adapter", "id -1 not honoured", {native("bank-unused"): GRAD.format("x")},
+        [(
+            COLUMNS,
+            "const int64_t r = s.adapter < 0 ? 0 : p.r;\n      if (r) Base::read_factor",
+            "const int64_t r = p.r;\n      if (s.adapter >= 0) Base::read_factor",
+        )],
+    ),
+    Mutant(
+        "gradients of an adapter without rows left as they were", "uninitialised memory",
+        {native("bank-with-everything"): GRAD.format("lora_.")},
+        [(CALL, "if (p.wants[i] && (reader.bank || p.m == 0))", "if (p.wants[i] && p.m == 0)")],
     ),
 )

@@ -231,8 +231,7 @@ def rounded(a, unit, points):
     branch = branch if ids is None else torch.where((ids >= 0)[:, None], branch, 0.0)
     if "magnitude" in a:
         update = scale * (lora_b * a["diagonal"] if "diagonal" in a else lora_b)
-        rounded_a = points.value(lora_a)
-        mixed = points.value(weight @ rounded_a.T) + 0.5 * update @ (rounded_a @ rounded_a.T)
+        mixed = weight @ lora_a.T + 0.5 * update @ (lora_a @ lora_a.T)
         gain = a["magnitude"] / (weight.square().sum(1) + 2 * (mixed * update).sum(1)).sqrt().detach()
     if "lora_bias" in a and ids is not None:
         after = torch.where((ids >= 0)[:, None], scale * own(a["lora_bias"]), 0.0)
@@ -292,8 +291,10 @@ NUMERICS = Numerics(
         case("rows", shape=(130, 70), n=45, r=20, dropout=0.2, **EVERYTHING),
         case("dora-rows", shape=(130, 70), n=45, r=20, dora=True, **EVERYTHING),
         case("long-ranks", shape=(140, 60), n=50, r=1000),
-        case("columns-of-some-rows", shape=(270, 1500), n=300, r=132, scale="0-d"),
-        case("segments-of-two-blocks", shape=(450, 40), n=30, r=30, dropout=0.2, **EVERYTHING),
+        case("few-rows", shape=(90, 300), n=280, r=30, scale="0-d"),
+        case("strips", shape=(400, 1200), n=300, r=20, scale="0-d"),
+        case("two-blocks-of-rows", shape=(450, 40), n=30, r=30, dropout=0.2, **EVERYTHING),
+        case("bank-rows", shape=(450, 70), n=45, r=20, g=3, ids=[i % 4 - 1 for i in range(450)], **DROPPED),
     ),
     fuzz=fuzz,
 )
