@@ -72,8 +72,8 @@ MUTANTS = (
         "depth of the down weight unmasked", "tail of the product unmasked", {EXACT: BOUNDS},
         [(
             COMMON,
-            "mask=valid[:, None] & (ranks < R)[None, :], other=0.0).to(dtype)",
-            "mask=(ranks < R)[None, :], other=0.0).to(dtype)",
+            "mask=valid[:, None] & present[None, :], other=0.0).to(dtype)",
+            "mask=present[None, :], other=0.0).to(dtype)",
         )],
     ),
     Mutant(
