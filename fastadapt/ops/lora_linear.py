@@ -37,8 +37,7 @@ def row_norms(
         update = scale * (lora_b.to(wide) if diagonal is None else lora_b.to(wide) * diagonal)
         gram = a @ a.T
         square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        # In 16 bits it would err as much as the adapter changes a norm in a step. Some rows at a time: a whole weight in float32
-        # is what this avoids.
+        # In 16 bits it would err as much as the adapter changes a norm in a step; and not the whole weight in float32 at once.
         mixed = torch.cat([rows.to(wide) @ a.T for rows in weight.split(max(1, 2**22 // max(1, weight.shape[1])))])
         return (square + ((2 * mixed + update @ gram) * update).sum(1)).clamp(min=0).sqrt()
 

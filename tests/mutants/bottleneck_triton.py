@@ -186,7 +186,7 @@ MUTANTS = (
     ),
     Mutant(
         "padded ranks of an infinite row", "zero times infinity", {INFINITE: "spreads otherwise"},
-        [(COMMON, "acc = tl.where((ranks < R)[None, :], acc, 0.0)", "acc += tl.where((ranks < R)[None, :], 0.0, 0.0)")],
+        [(COMMON, "acc = tl.where(present[None, :], acc, 0.0)", "acc += tl.where(present[None, :], 0.0, 0.0)")],
     ),
     Mutant(
         "residual times scale", "scale on the residual", {EXACT: OUTPUT},

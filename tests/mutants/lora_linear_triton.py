@@ -75,7 +75,7 @@ MUTANTS = (
     ),
     Mutant(
         "ranks of lora_b unmasked", "tail of the product unmasked", {EXACT: "BoundsError: load"},
-        [(FWD, "(ranks < R)[:, None] & valid[None, :], other=0.0).to(dtype)  # [", "valid[None, :], other=0.0).to(dtype)  # [")],
+        [(FWD, "(ranks < R)[:, None] & valid[None, :], other=0.0).to(dtype)  #", "valid[None, :], other=0.0).to(dtype)  #")],
     ),
     Mutant(
         "depth of the weight unmasked", "tail of the product unmasked", {EXACT: "BoundsError: load"},
