@@ -223,6 +223,12 @@ def test_runs_what_it_should():
     assert within[:4].tolist() == [1, 0, 3, 2]
     loop = "mov.b32 %r6, 0; AGAIN: add.s32 %r6, %r6, 1; setp.lt.u32 %p1, %r6, %r1; @%p1 bra AGAIN; st.global.b32 [%rd3], %r6;"
     assert execute(loop)[:64].tolist() == [1, *range(1, 64)]
+    divided = "mul.hi.s64 %rd5, %rd4, 7378697629483820647; shr.s64 %rd5, %rd5, 3; cvt.u32.u64 %r6, %rd5;"
+    twentieth = f"cvt.u64.u32 %rd4, %r1; {divided} st.global.b32 [%rd3], %r6;"
+    assert execute(twentieth)[:64].tolist() == [i // 20 for i in range(64)]
+    reduced = "add.s32 %r6, %r1, -40; redux.sync.{}.s32 %r7, %r6, -1; st.global.b32 [%rd3], %r7;"
+    for name, expected in (("min", [-40, -8]), ("max", [-9, 23]), ("add", [-784, 240])):
+        assert execute(reduced.format(name))[:64:32].tolist() == expected == execute(reduced.format(name))[31:64:32].tolist()
     copied = f"{COPY} cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
     assert not execute(copied).any()
 

@@ -105,7 +105,7 @@ def high_half(a, b):
     if bits < 64:
         wide = np.int64 if np.issubdtype(a.dtype, np.signedinteger) else np.uint64
         return (a.astype(wide) * b.astype(wide) >> wide(bits)).astype(a.dtype)
-    product = np.asarray(a, dtype=object) * np.asarray(b, dtype=object) >> 64
+    product = np.asarray(a).astype(object) * np.asarray(b).astype(object) >> 64  # of Python's integers, immediates too
     return np.asarray(product, dtype=object).astype(a.dtype)
 
 

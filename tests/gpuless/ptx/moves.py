@@ -169,3 +169,23 @@ def decode_match(ins):
         write(state, np.where(equal, bits, np.uint32(0)).sum(2, dtype=np.uint32).reshape(-1), mask)
 
     return step
+
+
+@instruction("redux")
+def decode_reduction(ins):
+    m = Modifiers(ins)
+    kind = m.kind("s32", "u32")
+    m.all("sync")
+    function = {"min": np.minimum, "max": np.maximum, "add": np.add}[m.one_of("min", "max", "add")]
+    m.done()
+    target, value, members = operands(ins, 3)
+    write, read, who = writer(target, kind, ins), reader(value, kind, ins), reader(members, "u32", ins)
+
+    def step(state, mask):
+        whole_warps(mask, ins.text)
+        if np.any((who(state).astype(np.uint32) != np.uint32(0xFFFFFFFF)) & (True if mask is None else mask)):
+            m.refuse("redux within a part of a warp")
+        values = np.broadcast_to(read(state), state.lane.shape).reshape(-1, 32)
+        write(state, np.repeat(function.reduce(values, 1, dtype=values.dtype), 32), mask)
+
+    return step
