@@ -39,6 +39,9 @@ def test_edits_fit_the_sources(op, kind):
         for file, old, new in mutant.edits:
             texts[file] = edited(texts[file], old, new, f"{mutant.name}, {file}")
             assert old != new, mutant.name
+        for rung in mutant.seen:
+            tests = "".join((ROOT / file).read_text() for file in rung.tests.split())
+            assert all(name in tests for name in re.findall(r"test_\w+", rung.select)), f"{mutant.name}: {rung.select}"
 
 
 @pytest.fixture(scope="module")

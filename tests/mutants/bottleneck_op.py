@@ -17,7 +17,7 @@ TRANSFORMED = native("everything-float32 and test_function_transforms")
 ALLOCATED = native("m33-d65-r17-float32 and test_forward_allocates_the_output_only")
 FROZEN = native("everything-bfloat16 and test_frozen_arguments_change_no_bit", "tests/test_ops_numerics.py")
 ACCURATE = native("residual-float32 and test_matches_reference")
-AUTOCAST = native("float32-parameters-float32 and test_autocast_keeps_the_dtype_of_x")
+AUTOCAST = native("float32-parameters-float32 and test_autocast_casts_what_the_spec_names_alone")
 MISSING = Rung("tests/test_ops.py", "test_missing_backend_is_refused", plugins=("tests.mutants.extension_plugin",))
 
 MUTANTS = (
