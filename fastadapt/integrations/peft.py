@@ -103,7 +103,7 @@ def _examined(layer) -> tuple[str, str]:
     if "forward" in vars(layer) and not _behind_hook(layer):
         return "left", "its forward has been replaced"
     if isinstance(layer, lora.Embedding):
-        return "accelerated", ""
+        return ("left", "tensor parallelism") if layer.input_fns else ("accelerated", "")
     if type(frozen := frozen_layer(layer)) is str:
         return "left", frozen
     reasons = {name: operands(layer, name) for name in layer.lora_A}

@@ -220,7 +220,7 @@ def mixed(layer, x: Tensor, names: list[str]) -> Tensor | None:
         return None
     parts = [operands(layer, name) for name in present]
     if any(type(part) is str or part[4] != parts[0][4] or part[0].dtype is not parts[0][0].dtype for part in parts):
-        return None
+        return None  # one rate of dropout and one dtype serve a whole bank
     if not all(_fits(x, frozen[0], part[0], part[3]) for part in parts):
         return None
     if len(batch.unique) == 1:
