@@ -33,8 +33,7 @@ struct Kernel {
   int64_t (*thread_bytes)(const Problem&);
   // By rows, those of a segment: u in forward, t and v in backward.
   void (*project)(const Problem&, void* thread, const Segment&);
-  // Columns [begin, end) of y = (u * scale * diagonal) @ b.T, plus bias where there is no gain: what the frozen product is added
-  // to.
+  // Columns [begin, end) of y = (u * scale * diagonal) @ b.T, plus bias where there is no gain. The frozen product is added.
   void (*expand)(const Problem&, void* thread, const Segment&, int64_t begin, int64_t end);
   // y = gain * y + bias, after the frozen product.
   void (*finish)(const Problem&, int64_t begin, int64_t end);

@@ -17,7 +17,8 @@ struct Pass : RowPass<T, W> {
     const int64_t n = end - begin, r = s.adapter < 0 ? 0 : p.r;
     if (r) {
       Base::read_factor(p, t, s.adapter);
-      pack_part(Source<C, W>{element(p.b, s.adapter, begin, 0), p.b.stride_1, p.b.stride_0, r, n, t.factor, nullptr}, t.up, 0, 1);
+      const W* b = element(p.b, s.adapter, begin, 0);
+      pack_part(Source<C, W>{b, p.b.stride_1, p.b.stride_0, r, n, t.factor, nullptr}, t.up, 0, 1);
     }
     if (!p.gain.data) Base::read_columns(p.bias, begin, n, t.bias, padded<C>(n) + panel_width<C>);
     T* y[high_rows];
@@ -58,8 +59,8 @@ struct Pass : RowPass<T, W> {
   }
 
   // The sums over a block of rows of columns [c, c + n) of grad_y and of grad_y * (y - bias); and gain * grad_y.
-  static void vectors(const Problem& p, const Thread& t, const Operand<C>& g, const T* const* y, T* const* scaled, int64_t count,
-                      int64_t c, int64_t n) {
+  static void vectors(const Problem& p, const Thread& t, const Operand<C>& g, const T* const* y, T* const* scaled,
+                      int64_t count, int64_t c, int64_t n) {
     C *sums = t.sums + p.r * high_columns, *dots = sums + high_columns;
     for (int64_t j = 0; j < n; j += L) {
       const Vec<C> bias = load<C>(t.bias + j), gain = load<C>(t.gain + j);

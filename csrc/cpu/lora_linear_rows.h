@@ -163,9 +163,11 @@ struct RowPass : Parameters<T, W> {
         const int64_t n = least(wide_columns, inner - c);
         C* strip = t.down + (once ? 0 : c / wide_columns * strip_size);
         if (!packed && first == s.begin) {
-          const W* at = weight.data + c * weight.k_stride;
-          pack_projection(Source<C, W>{at, weight.k_stride, weight.n_stride, n, p.r, weight.k_factor ? weight.k_factor + c : nullptr, nullptr},
-                          strip, 0, 1);
+          Source<C, W> part = weight;
+          part.data += c * weight.k_stride;
+          part.k = n;
+          if (part.k_factor) part.k_factor += c;
+          pack_projection(part, strip, 0, 1);
         }
         for (int64_t i = 0; i < rows; i += wide_rows) {
           const int64_t count = least(wide_rows, rows - i);
