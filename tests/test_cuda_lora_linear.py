@@ -56,7 +56,7 @@ def test_mask_of_every_kernel(emulate, k, dtype, multiprocessors):
     expected = dropout.kept(SEED, 150, k, P) * dropout.kept_scale(P)
     ones, eye = lambda *s: torch.ones(s, dtype=dtype), lambda n: torch.eye(n, dtype=dtype)
     frozen, x = torch.zeros(150, k, dtype=dtype), ones(150, k)
-    rest = (None, None, 1.0, P, SEED)
+    rest = (None, None, 1.0, P, SEED, None)
     _, u = SPEC.fwd.native(x, frozen, None, eye(k), ones(150, k), *rest)
     assert torch.equal(u, expected.float())
 

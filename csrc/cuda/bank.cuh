@@ -1,10 +1,28 @@
-// The rows of a bank, sorted by adapter.
+// The rows of a bank: the adapter of each, and all of them sorted by adapter.
 #pragma once
 #include "rows.cuh"
 
 namespace fastadapt {
 
-// Rows in the order of their adapters.  Adapter g stands for "no adapter" (-1) and g + 1 for an id outside the bank.
+// The adapter of every row.  Adapter g stands for "no adapter" (-1) and g + 1 for an id outside the bank.
+struct Ids {
+  Rows rows;  // data is nullptr without a bank: then every row has adapter 0
+  int bytes, is_signed, g;
+
+  __device__ __forceinline__ int adapter(int64_t row) const {
+    if (!rows.data) return 0;
+    const char* p = static_cast<const char*>(rows.data) + rows.offset(row) * bytes;
+    int64_t id = 0;
+    if (bytes == 8) id = *reinterpret_cast<const int64_t*>(p);
+    else if (bytes == 4) id = *reinterpret_cast<const int32_t*>(p);
+    else if (bytes == 2) id = *reinterpret_cast<const int16_t*>(p);
+    else if (is_signed) id = *reinterpret_cast<const signed char*>(p);
+    else id = *reinterpret_cast<const unsigned char*>(p);
+    return id == -1 ? g : id >= 0 && id < g ? static_cast<int>(id) : g + 1;
+  }
+};
+
+// Rows in the order of their adapters.
 // Without a bank `order` is nullptr: one adapter, rows as they come.
 struct Groups {
   int g;
@@ -37,22 +55,11 @@ __device__ __forceinline__ Tile find_tile(const Groups& groups, int64_t index, i
 
 // A stable counting sort of the rows by adapter.  Stable, so that sums over an adapter's rows always run in one order.
 struct Sort {
-  Rows ids;
-  int id_bytes, id_signed, g, tile_rows;
+  Ids ids;
+  int g, tile_rows;
   int64_t m, chunk, chunks;  // a warp counts and places `chunk` rows
   int64_t* counts;           // (chunks, g + 2)
   int64_t *order, *begin, *tile;
-
-  __device__ __forceinline__ int adapter(int64_t row) const {
-    const char* p = static_cast<const char*>(ids.data) + ids.offset(row) * id_bytes;
-    int64_t id = 0;
-    if (id_bytes == 8) id = *reinterpret_cast<const int64_t*>(p);
-    else if (id_bytes == 4) id = *reinterpret_cast<const int32_t*>(p);
-    else if (id_bytes == 2) id = *reinterpret_cast<const int16_t*>(p);
-    else
-      id = id_signed ? int64_t{*reinterpret_cast<const signed char*>(p)} : int64_t{*reinterpret_cast<const unsigned char*>(p)};
-    return id == -1 ? g : id >= 0 && id < g ? static_cast<int>(id) : g + 1;
-  }
 };
 
 // One warp, one chunk of rows.  PLACE: write each row to its position; else only count.
@@ -66,7 +73,7 @@ __global__ void __launch_bounds__(32) sort_rows_kernel(const __grid_constant__ S
   }
   const int64_t begin = blockIdx.x * s.chunk, end = least(begin + s.chunk, s.m);
   for (int64_t row = begin + lane; row - lane < end; row += 32) {
-    const int adapter = row < end ? s.adapter(row) : -1;
+    const int adapter = row < end ? s.ids.adapter(row) : -1;
     const unsigned peers = __match_any_sync(0xffffffffu, adapter);
     const int rank = __popc(peers & ((1u << lane) - 1));
     const int64_t before = row < end ? count[adapter] : 0;

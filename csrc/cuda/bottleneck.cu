@@ -29,24 +29,17 @@ Arguments check(const Call& c, const Optional& other, const char* other_name) {
   FA_CHECK(c.down_weight.dim() == (bank ? 3 : 2), kOp, ": down_weight must be (r, d), or (g, r, d) with adapter_ids");
   const int64_t d = x.size(-1), r = c.down_weight.size(-2), g = bank ? c.down_weight.size(0) : 1;
   FA_CHECK(r <= kMaxRank, kOp, ": r must be at most ", kMaxRank, " in the native CUDA kernel, got ", r);
-  FA_CHECK(g < 65536, kOp, ": a bank holds at most 65535 adapters in the native CUDA kernel, got ", g);
   FA_CHECK(d < (int64_t{1} << 30), kOp, ": d must be below 2**30, got ", d);
   FA_CHECK(c.up_weight.scalar_type() == c.down_weight.scalar_type(), kOp, ": up_weight must have the dtype of down_weight");
   Arguments a{};
   a.x = checker.array(x, "x");
+  a.ids = checker.adapter_ids(c.ids, g);
   if (other) a.other = checker.rows(*other, other_name, d);
   if (bank) {
     a.down_weight = checker.parameter(c.down_weight, "down_weight", {g, r, d});
     a.up_weight = checker.parameter(c.up_weight, "up_weight", {g, d, r});
     a.down_bias = checker.parameter(c.down_bias, "down_bias", {g, r});
     a.up_bias = checker.parameter(c.up_bias, "up_bias", {g, d});
-    checker.device(*c.ids, "adapter_ids");
-    a.ids = checker.array(*c.ids, "adapter_ids");
-    FA_CHECK(a.ids.kind >= Kind::int64, kOp, ": adapter_ids must be an integer tensor");
-    const bool a_sequence = x.dim() > 1 && c.ids->dim() == 1;
-    FA_CHECK(a_sequence || c.ids->dim() == x.dim() - 1, kOp, ": adapter_ids must have one id a sequence or one a token");
-    for (int64_t i = 0; i < c.ids->dim(); i++)
-      FA_CHECK(c.ids->size(i) == x.size(i), kOp, ": adapter_ids must match the leading dims of x");
   } else {
     a.down_weight = checker.parameter(c.down_weight, "down_weight", {r, d});
     a.up_weight = checker.parameter(c.up_weight, "up_weight", {d, r});

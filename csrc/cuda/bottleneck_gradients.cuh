@@ -21,11 +21,6 @@ struct Gradients {
   int weight_is_float;
 };
 
-// The positions of one split of an adapter's rows.
-__device__ __forceinline__ Span split_rows(const Groups& groups, int adapter, int64_t split, int64_t splits, int step) {
-  return split_span(groups.first(adapter), groups.first(adapter + 1), split, splits, step);
-}
-
 // One block: 64 channels by 64 ranks of one plane of grad_y.T @ hidden, or of x.T @ grad_z.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3) bottleneck_bwd_weights_kernel(const __grid_constant__ Gradients w) {

@@ -1,39 +1,14 @@
 // The host side of bottleneck: from arrays to kernel parameters, and which kernels run.  Free of torch, so that the CPU
 // emulation runs the very same plan.
 #pragma once
+#include "bank_plan.cuh"
 #include "bottleneck.cuh"
-#include "plan.cuh"
 
 namespace fastadapt {
 
 // The largest rank: its hidden tile of 16 rows fits beside the ring into the 99 KiB of the smallest devices.
 constexpr int kMaxRank = 1024;
 static_assert(Block<float, 16>::bytes(kMaxRank) <= 99 * 1024 && Block<bf16, 16>::bytes(kMaxRank) <= 99 * 1024);
-
-// Sorts the rows by adapter on the device; the host learns nothing and waits for nothing.
-inline bool sort_rows(Groups& groups, const Array& ids, const Array& x, int tile_rows, const Device& device) {
-  Sort s{};
-  int64_t stride[64];
-  for (int i = 0; i < x.dims - 1; i++) stride[i] = i < ids.dims ? ids.stride[i] : 0;  // one id a sequence: its tokens share it
-  if (!join_dims(s.ids, x.dims - 1, x.size, stride)) return false;
-  s.ids.data = ids.data;
-  s.id_bytes = ids.kind == Kind::int64 ? 8 : ids.kind == Kind::int32 ? 4 : ids.kind == Kind::int16 ? 2 : 1;
-  s.id_signed = ids.kind != Kind::uint8;
-  s.g = groups.g, s.m = groups.m, s.tile_rows = tile_rows;
-  s.chunk = divide_up(s.m, 1024) < 1024 ? 1024 : divide_up(s.m, 1024);
-  s.chunks = divide_up(s.m, s.chunk);
-  auto numbers = [&](int64_t n) { return static_cast<int64_t*>(device.allocate(n * sizeof(int64_t))); };
-  s.counts = numbers(s.chunks * (s.g + 2));
-  s.order = numbers(s.m);
-  s.begin = numbers(s.g + 3);
-  s.tile = numbers(s.g + 3);
-  const dim3 grid(static_cast<unsigned>(s.chunks));
-  if (s.m) launch(sort_rows_kernel<false>, grid, 32, 0, device.stream, s);
-  launch(sort_offsets_kernel, dim3(1), kThreads, 0, device.stream, s);
-  if (s.m) launch(sort_rows_kernel<true>, grid, 32, 0, device.stream, s);
-  groups.order = s.order, groups.begin = s.begin, groups.tile = s.tile;
-  return true;
-}
 
 struct Arguments {
   Array x, other, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip, hidden_skip, ids;
@@ -65,8 +40,9 @@ const char* describe(Bottleneck& p, int& tile_rows, const Arguments& a, const De
   p.groups.g = a.ids.data ? static_cast<int>(a.down_weight.size[0]) : 1;
   p.groups.m = p.m;
   tile_rows = rows_per_block<T>(p.m, p.d, p.r, device);
-  if (a.ids.data && !sort_rows(p.groups, a.ids, a.x, tile_rows, device))
-    return "adapter_ids has more than 8 dims that can't be joined";
+  Ids ids;
+  if (!as_ids(ids, a.ids, a.x, p.groups.g)) return "adapter_ids has more than 8 dims that can't be joined";
+  if (a.ids.data) sort_rows(p.groups, ids, tile_rows, device);
   p.down = as_weight<T>(a.down_weight, device);
   p.up = as_weight<T>(a.up_weight, device);
   return nullptr;

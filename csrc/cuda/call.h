@@ -67,6 +67,19 @@ struct Checker {
         " must have the dtype of x or float32");
     return array(*t, name);
   }
+  // The adapters of the rows of a bank of `g`; absent if t is.
+  Array adapter_ids(const Optional& t, int64_t g) const {
+    if (!t) return Array{};
+    FA_CHECK(g < 65536, op, ": a bank holds at most 65535 adapters in the native CUDA kernel, got ", g);
+    device(*t, "adapter_ids");
+    const Array ids = array(*t, "adapter_ids");
+    FA_CHECK(ids.kind >= Kind::int64, op, ": adapter_ids must be an integer tensor");
+    const bool a_sequence = x.dim() > 1 && t->dim() == 1;
+    FA_CHECK(a_sequence || t->dim() == x.dim() - 1, op, ": adapter_ids must have one id a sequence or one a token");
+    for (int64_t i = 0; i < t->dim(); i++)
+      FA_CHECK(t->size(i) == x.size(i), op, ": adapter_ids must match the leading dims of x");
+    return ids;
+  }
   // Fresh gradients like the inputs where they are wanted, of shape (0,) elsewhere; `arrays` gets those that have elements.
   template <size_t N>
   std::vector<Tensor> gradients(

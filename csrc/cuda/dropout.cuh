@@ -32,14 +32,14 @@ __device__ __forceinline__ unsigned kept(const Dropout& dropout, int64_t row, in
   return bits;
 }
 
-// Drops elements of a tile that this thread loaded; its first row and column are `row0` and `column0`, a multiple of 8.
-template <int COLUMNS, class T>
+// Drops elements of a tile that this thread loaded; row_of(i) numbers its rows, its first column is `column0`, a multiple of 8.
+template <int COLUMNS, class T, class Row>
 __device__ __forceinline__ void drop_tile(
-    T* tile, int rows, int columns, Inner inner, const Dropout& dropout, int64_t row0, int64_t column0) {
+    T* tile, int rows, int columns, Inner inner, const Dropout& dropout, Row row_of, int64_t column0) {
   constexpr int kVector = Shape<T>::kVector, kRow = Shape<T>::padded(COLUMNS);
   if (inner.vector) {
     own_vectors<COLUMNS, kVector>(rows, columns, [&](int row, int column) {
-      unsigned bits = kept(dropout, row0 + row, (column0 + column) / 8) >> column % 8;
+      unsigned bits = kept(dropout, row_of(row), (column0 + column) / 8) >> column % 8;
       uint4& four = *reinterpret_cast<uint4*>(tile + row * kRow + column);
       auto drop = [&](uint32_t& word) {
         if constexpr (sizeof(T) == 2) word &= (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
@@ -53,16 +53,16 @@ __device__ __forceinline__ void drop_tile(
   } else {
     own_elements<COLUMNS>(rows, columns, inner.stride != 1, [&](int row, int column) {
       const int64_t at = column0 + column;
-      if (!(kept(dropout, row0 + row, at / 8) >> at % 8 & 1)) tile[row * kRow + column] = from_float<T>(0.f);
+      if (!(kept(dropout, row_of(row), at / 8) >> at % 8 & 1)) tile[row * kRow + column] = from_float<T>(0.f);
     });
   }
 }
 
-// Drops elements of the accumulators of a warp, whose first row and column are `row0` and `column0`, a multiple of 8, and
+// Drops elements of the accumulators of a warp, whose rows are `rows` and whose first column is `column0`, a multiple of 8, and
 // scales the others.  The four lanes of a row draw the numbers of four blocks of 8 columns and tell one another.
 template <int MI, int NI>
 __device__ __forceinline__ void drop_accumulators(
-    float (&acc)[MI][NI][4], const Dropout& dropout, int64_t row0, int64_t column0) {
+    float (&acc)[MI][NI][4], const Dropout& dropout, const int64_t* rows, int64_t column0) {
   static_assert(NI % 4 == 0);
   const int lane = threadIdx.x % 32, own = lane % 4;
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void drop_accumulators(
     for (int half = 0; half < 2; half++)
 #pragma unroll
       for (int j = 0; j < NI; j += 4) {
-        const unsigned mine = kept(dropout, row0 + i * 16 + lane / 4 + half * 8, column0 / 8 + j + own);
+        const unsigned mine = kept(dropout, rows[i * 16 + lane / 4 + half * 8], column0 / 8 + j + own);
 #pragma unroll
         for (int block = 0; block < 4; block++) {
           const unsigned bits = __shfl_sync(0xffffffffu, mine, lane - own + block) >> own * 2;

@@ -15,24 +15,34 @@ struct LoraCall {
   const Tensor &lora_a, &lora_b;
   const Optional &diagonal, &gain;
   double scale, dropout_p;
-  const Optional& seed;
+  const Optional &seed, &ids;
 };
 
 LoraArguments check(const LoraCall& c) {
   const Checker checker{kOp, c.x};
   checker.activation();
-  FA_CHECK(c.weight.dim() == 2 && c.lora_a.dim() == 2, kOp, ": weight must be (n, k) and lora_a (r, k)");
-  const int64_t n = c.weight.size(0), k = c.x.size(-1), r = c.lora_a.size(0);
+  const bool bank = c.ids.has_value();
+  FA_CHECK(c.weight.dim() == 2 && c.lora_a.dim() == (bank ? 3 : 2), kOp,
+      ": weight must be (n, k) and lora_a (r, k), or (g, r, k) with adapter_ids");
+  const int64_t n = c.weight.size(0), k = c.x.size(-1), r = c.lora_a.size(-2), g = bank ? c.lora_a.size(0) : 1;
   FA_CHECK(n < (int64_t{1} << 30) && k < (int64_t{1} << 30), kOp, ": n and k must be below 2**30, got ", n, " and ", k);
   FA_CHECK(r >= 1 && r < (int64_t{1} << 30), kOp, ": r must be at least 1 and below 2**30, got ", r);
+  FA_CHECK(!bank || (r + 7) * g < (int64_t{1} << 30), kOp, ": a bank has at most 2**30 ranks, got ", g, " adapters of ", r);
   FA_CHECK(c.weight.scalar_type() == c.x.scalar_type(), kOp, ": weight must have the dtype of x");
   LoraArguments a{};
   a.x = checker.array(c.x, "x");
   a.weight = checker.parameter(c.weight, "weight", {n, k});
   a.bias = checker.parameter(c.bias, "bias", {n});
-  a.lora_a = checker.parameter(c.lora_a, "lora_a", {r, k});
-  a.lora_b = checker.parameter(c.lora_b, "lora_b", {n, r});
-  a.diagonal = checker.parameter(c.diagonal, "diagonal", {r});
+  a.ids = checker.adapter_ids(c.ids, g);
+  if (bank) {
+    a.lora_a = checker.parameter(c.lora_a, "lora_a", {g, r, k});
+    a.lora_b = checker.parameter(c.lora_b, "lora_b", {g, n, r});
+    a.diagonal = checker.parameter(c.diagonal, "diagonal", {g, r});
+  } else {
+    a.lora_a = checker.parameter(c.lora_a, "lora_a", {r, k});
+    a.lora_b = checker.parameter(c.lora_b, "lora_b", {n, r});
+    a.diagonal = checker.parameter(c.diagonal, "diagonal", {r});
+  }
   a.gain = checker.parameter(c.gain, "gain", {n});
   a.scale = static_cast<float>(c.scale), a.dropout_p = c.dropout_p;
   FA_CHECK(c.dropout_p >= 0 && c.dropout_p < 1, kOp, ": dropout_p must lie in [0, 1), got ", c.dropout_p);
@@ -48,13 +58,12 @@ LoraArguments check(const LoraCall& c) {
 std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight, const Optional& bias,
     const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain, double scale, double dropout_p,
     const Optional& seed, const Optional& adapter_ids) {
-  FA_CHECK(!adapter_ids, kOp, ": this kernel knows no adapter_ids");
-  LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed});
+  LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids});
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = weight.size(0);
   int64_t m = 1;
   for (int64_t i = 0; i < x.dim() - 1; i++) m *= x.size(i);
-  const int64_t shape_u[] = {m, lora_a.size(0)};
+  const int64_t shape_u[] = {m, lora_a.size(-2)};
   Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()});
   Tensor u = torch::stable::new_empty(x, {shape_u, 2}, ScalarType::Float);
   if (m == 0) return {y, u};
@@ -68,12 +77,10 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 
 Seven lora_linear_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& y, const Tensor& weight,
     const Optional& bias, const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain,
-    double scale, double dropout_p, const Optional& seed, const Optional& adapter_ids,
-    const std::vector<bool>& output_mask) {
-  FA_CHECK(!adapter_ids, kOp, ": this kernel knows no adapter_ids");
-  LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed});
+    double scale, double dropout_p, const Optional& seed, const Optional& adapter_ids, const std::vector<bool>& output_mask) {
+  LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids});
   const Checker checker{kOp, x};
-  const int64_t n = weight.size(0), r = lora_a.size(0);
+  const int64_t n = weight.size(0), r = lora_a.size(-2);
   a.grad_y = checker.rows(grad_y, "grad_y", n);
   const int64_t m = n > 0 ? grad_y.numel() / n : 0;
   checker.device(u, "u");

@@ -3,9 +3,11 @@
 //   narrow   a wide matrix times the narrow one of the adapter: x @ lora_a.T in forward, grad_y @ lora_b in backward
 //   finish   its sums over parts of the depth, and the work rows of the next product
 //   extended [rows | work] @ [weight | adapter].T: y in forward, grad_x in backward
+//
+// An adapter outside of a bank is a bank of one.
 #pragma once
 #include "dropout.cuh"
-#include "rows.cuh"
+#include "lora_linear_bank.cuh"
 
 namespace fastadapt {
 
@@ -14,10 +16,11 @@ namespace fastadapt {
 constexpr int kChunk = 512;
 
 struct Narrow {
+  Bank bank;
   int64_t m;
-  int k, r;         // depth and columns of the product
+  int k, tiles;     // depth of the product; blocks over the ranks of the bank, or those of an adapter if it is sorted
   Rows rows;        // (m, k)
-  Weight weight;    // (r, k), or (k, r) if the kernel's is transposed
+  Weight weight;    // (g, r, k), or (g, k, r) if the kernel's is transposed
   Dropout dropout;  // of the rows; the scale is left to `finish`
   int64_t splits;   // 1: `planes` is (1, m, r); else blocks over the depth, and planes (chunks, m, r)
   int64_t chunks;
@@ -30,31 +33,38 @@ struct NarrowTile {
   static constexpr int kRowA = Shape<T>::padded(kDepth), kTileA = kRows * kRowA;
   static constexpr int kRowB = Shape<T>::padded(kN);  // if transposed
   static constexpr int kTileB = kN * kRowA > kDepth * kRowB ? kN * kRowA : kDepth * kRowB;
-  static constexpr int kBytes = kStages * (kTileA + kTileB) * sizeof(T) + kRows * sizeof(int64_t);
+  struct Table {
+    const T* line[kN];  // where the weight's lines of each rank begin, unless it is transposed
+    RowTable<kRows> rows;
+  };
+  static constexpr int kBytes = kStages * (kTileA + kTileB) * sizeof(T) + sizeof(Table);
+  static_assert(sizeof(Table) % 16 == 0);
 };
 
-// Where the rows of a block begin, -1 beyond the last one.
-__device__ __forceinline__ void row_offsets(int64_t* offsets, int count, const Rows& rows, int64_t row0, int64_t m) {
-  for (int i = threadIdx.x; i < count; i += kThreads) offsets[i] = row0 + i < m ? rows.offset(row0 + i) : -1;
-  __syncthreads();
-}
-
-// One block: 64 rows by 64 columns of one split of the depth.  A warp has 16 rows.
+// One block: 64 rows by 64 ranks of one split of the depth.  A warp has 16 rows.  Each row stores the ranks of its own adapter;
+// where they are sorted, a block has rows of one adapter.
 template <class T, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
     lora_linear_narrow_kernel(const __grid_constant__ Narrow p) {
   FA_DYNAMIC_SHARED(shared);
   using N = NarrowTile<T>;
   constexpr int kSteps = kChunk / N::kDepth, kRowB = TRANSPOSED ? N::kRowB : N::kRowA;
-  const int64_t tiles = divide_up(p.r, kN), per_split = divide_up(p.chunks, p.splits);
-  const int r0 = static_cast<int>(blockIdx.x % tiles) * kN;
-  const int64_t chunk0 = blockIdx.x / tiles % p.splits * per_split, row0 = blockIdx.x / tiles / p.splits * N::kRows;
+  const Bank& bank = p.bank;
+  const Tile rows = find_tile(bank.groups, blockIdx.x / p.tiles / p.splits, N::kRows);
+  if (rows.begin >= rows.end || rows.adapter >= bank.groups.g) return;
+  const int end_r = bank.groups.order ? (rows.adapter + 1) * bank.width : bank.ranks();
+  const int r0 = rows.adapter * bank.width + static_cast<int>(blockIdx.x % p.tiles) * kN;
+  const int64_t per_split = divide_up(p.chunks, p.splits), chunk0 = blockIdx.x / p.tiles % p.splits * per_split;
   const int64_t step0 = chunk0 * kSteps, end = least((chunk0 + per_split) * kSteps, divide_up(p.k, N::kDepth));
-  int64_t* offsets = reinterpret_cast<int64_t*>(shared);
-  T* stages = reinterpret_cast<T*>(offsets + N::kRows);
-  row_offsets(offsets, N::kRows, p.rows, row0, p.m);
+  typename N::Table& table = *reinterpret_cast<typename N::Table*>(shared);
+  T* stages = reinterpret_cast<T*>(shared + sizeof(typename N::Table));
+  if constexpr (!TRANSPOSED)
+    for (int i = threadIdx.x; i < kN; i += kThreads) table.line[i] = bank.line<T>(p.weight, r0 + i);
+  table.rows.fill(bank, p.rows, rows.begin, rows.end);
+  const Slots slots = table.rows.slots();
+  if (slots.first >= r0 + kN || slots.last + bank.width <= r0) return;  // no row has one of these ranks
 
-  const int columns = least(round_up(p.r - r0, 16), kN), live = columns / 8;
+  const int columns = least(round_up(end_r - r0, 16), kN), live = columns / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto first = [&](int64_t step) { return static_cast<int>(step0 + step) * N::kDepth; };
   auto depth = [&](int64_t step) { return least(round_up(p.k - first(step), 16), N::kDepth); };
@@ -63,13 +73,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
   auto store = [&](int64_t plane) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int64_t row = row0 + warp * 16 + lane / 4 + half * 8;
-      if (row >= p.m) break;
+      const int i = warp * 16 + lane / 4 + half * 8;
+      if (table.rows.offset[i] < 0) break;
+      float* to = p.planes + (plane * p.m + table.rows.row[i]) * bank.r;
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const int column = r0 + j * 8 + lane % 4 * 2;
-        store_pair(p.planes + (plane * p.m + row) * p.r + column, total[j][half * 2], total[j][half * 2 + 1], p.r % 2 == 0,
-            p.r - column);
+        const int rank = r0 + j * 8 + lane % 4 * 2 - table.rows.slot[i];
+        if (rank >= 0 && rank < bank.r)
+          store_pair(to + rank, total[j][half * 2], total[j][half * 2 + 1], bank.r % 2 == 0, bank.r - rank);
       }
     }
   };
@@ -78,14 +89,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
       [&](int64_t step, int stage) {
         const int k0 = first(step);
         load_tile<N::kDepth>(tile(stage), N::kRows, depth(step), p.k - k0, p.rows.inner, [&](int i) {
-          return offsets[i] < 0 ? nullptr : static_cast<const T*>(p.rows.data) + offsets[i] + k0 * p.rows.inner.stride;
+          const int64_t offset = table.rows.offset[i];
+          return offset < 0 ? nullptr : static_cast<const T*>(p.rows.data) + offset + k0 * p.rows.inner.stride;
         });
-        load_weight<TRANSPOSED, kN, N::kDepth>(
-            tile(stage) + N::kTileA, p.weight.of<T>(0), p.weight.row, r0, columns, p.r, k0, depth(step), p.k);
+        T* b = tile(stage) + N::kTileA;
+        if constexpr (TRANSPOSED)
+          load_pieces<kN>(b, depth(step), columns, [&](int i, int column) {
+            return k0 + i < p.k ? bank.piece<T>(p.weight, k0 + i, r0 + column) : Piece<T>{nullptr, 0};
+          });
+        else
+          load_tile<N::kDepth>(b, columns, depth(step), p.k - k0, Inner{1, 1},
+              [&](int i) { return table.line[i] ? table.line[i] + k0 : nullptr; });
       },
       [&](int64_t step, int stage) {
         if (p.dropout.threshold)
-          drop_tile<N::kDepth>(tile(stage), N::kRows, depth(step), p.rows.inner, p.dropout, row0, first(step));
+          drop_tile<N::kDepth>(tile(stage), N::kRows, depth(step), p.rows.inner, p.dropout,
+              [&](int i) { return table.rows.row[i]; }, first(step));
       },
       [&](int64_t step, int stage) {
         multiply<8, false, TRANSPOSED, false>(
@@ -102,8 +121,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
       });
 }
 
-// sum = factor * (the sum of the planes), rounded to T after a multiplication with scale * diagonal for the work rows.
+// sum = factor * (the sum of the planes), rounded to T after a multiplication with scale * diagonal for the work rows.  A row
+// without an adapter gets 0, one whose id lies outside the bank NaN; no plane holds either.
 struct Finish {
+  Ids ids;
   int64_t m, r;
   const float* planes;
   int64_t count, plane, row, column;  // strides
@@ -121,25 +142,27 @@ __global__ void __launch_bounds__(kThreads) lora_linear_finish_kernel(const __gr
   for (int64_t at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; at < n;
       at += static_cast<int64_t>(gridDim.x) * kThreads) {
     const int64_t row = at / p.r, j = at % p.r;
+    const int adapter = p.ids.adapter(row);
+    const bool has_one = adapter < p.ids.g;
     const float* from = p.planes + row * p.row + j * p.column;
-    float sum = 0.f;
-    for (int64_t i = 0; i < p.count; i++) sum += from[i * p.plane];
+    float sum = adapter > p.ids.g ? nanf("") : 0.f;
+    for (int64_t i = 0; has_one && i < p.count; i++) sum += from[i * p.plane];
     sum *= p.factor;
     if (p.sum) p.sum[at] = sum;
     if (!p.work) continue;
     sum *= p.scale;
-    if (p.diagonal.data) sum *= p.diagonal.at<T>(j);
+    if (has_one && p.diagonal.data) sum *= p.diagonal.at<T>(adapter, j);
     static_cast<T*>(p.work)[row * p.work_row + j] = from_float<T>(sum);
   }
 }
 
 struct Extended {
+  Bank bank;
   int64_t m;
-  int n, k, r;             // columns of the output, depth of each product
+  int n, k;                // columns of the output, depth of the frozen product
   Rows rows;               // (m, k)
-  const void* work;        // (m, work_row), of which r count
-  int64_t work_row;
-  Weight weight, adapter;  // (n, k) and (n, r), or (k, n) and (r, n) if the kernel's are transposed
+  const void* work;        // (m, width), of which the r of the row's adapter count
+  Weight weight, adapter;  // (n, k) and (g, n, r), or (k, n) and (g, r, n) if the kernel's are transposed
   Vector gain, bias;       // (n,)
   Dropout dropout;         // of the adapter's product
   void* out;               // (m, n)
@@ -151,14 +174,17 @@ struct ExtendedTile {
   static constexpr int kRowA = Shape<T>::padded(kDepth), kTileA = BM * kRowA;
   static constexpr int kRowB = Shape<T>::padded(BN);  // if transposed
   static constexpr int kTileB = BN * kRowA > kDepth * kRowB ? BN * kRowA : kDepth * kRowB;
-  static constexpr int kBytes = kStages * (kTileA + kTileB) * sizeof(T) + BM * sizeof(int64_t);
+  static constexpr int kBytes = kStages * (kTileA + kTileB) * sizeof(T) + sizeof(RowTable<BM>);
+  static_assert(sizeof(RowTable<BM>) % 16 == 0);
   // Two by two warps, each with MI * 16 rows and NI * 8 columns.
   static constexpr int kBlocksM = BM / 32, kBlocksN = BN / 16;
 };
 constexpr int kBand = 8;  // rows of tiles that run together, so that they find their columns in the cache
 
 // out = gain * (rows @ weight.T + drop(work @ adapter.T)) + bias.  One block: BM rows by BN columns.  The adapter comes first,
-// so that its accumulators can be dropped before the rest is added.  Tiles are padded with zeros, so that all loops are known.
+// so that its accumulators can be dropped before the rest is added: of a bank the ranks from the first to the last adapter among
+// the rows, in steps that begin where they always do, so that no other row changes the bits of a row.  Tiles are padded with
+// zeros, so that all loops are known.
 template <class T, int BM, int BN, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads, 2) lora_linear_extended_kernel(const __grid_constant__ Extended p) {
   FA_DYNAMIC_SHARED(shared);
@@ -167,36 +193,53 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_extended_kernel(const
   const int64_t tiles_m = divide_up(p.m, BM), band = kBand * divide_up(p.n, BN), first = blockIdx.x / band * kBand;
   const int64_t height = least<int64_t>(tiles_m - first, kBand), row0 = (first + blockIdx.x % band % height) * BM;
   const int n0 = static_cast<int>(blockIdx.x % band / height) * BN;
-  int64_t* offsets = reinterpret_cast<int64_t*>(shared);
-  T* stages = reinterpret_cast<T*>(offsets + BM);
-  row_offsets(offsets, BM, p.rows, row0, p.m);
+  const Bank& bank = p.bank;
+  RowTable<BM>& table = *reinterpret_cast<RowTable<BM>*>(shared);
+  T* stages = reinterpret_cast<T*>(shared + sizeof(RowTable<BM>));
+  table.fill(bank, p.rows, row0, p.m);
+  const Slots slots = table.slots();
 
   const int warp_m = threadIdx.x / 32 % 2 * (BM / 2), warp_n = threadIdx.x / 64 * (BN / 2), lane = threadIdx.x % 32;
-  const int steps_r = static_cast<int>(divide_up(p.r, E::kDepth));
+  const int step_r = slots.first / E::kDepth, end_r = slots.last + bank.width;
+  const int steps_r = slots.last < 0 ? 0 : static_cast<int>(divide_up(end_r, E::kDepth)) - step_r;
   auto tile = [&](int stage) { return stages + stage * (E::kTileA + E::kTileB); };
-  auto limit = [&](int64_t step) { return step < steps_r ? p.r : p.k; };
-  auto inside = [&](int64_t step) { return static_cast<int>(step < steps_r ? step : step - steps_r) * E::kDepth; };
   float acc[E::kBlocksM][E::kBlocksN][4] = {}, unused[4];
   pipeline<E::kStages>(
       steps_r + divide_up(p.k, E::kDepth),
       [&](int64_t step, int stage) {
-        const bool adapter = step < steps_r;
-        const int k0 = inside(step);
-        const T* data = static_cast<const T*>(adapter ? p.work : p.rows.data);
-        const Inner inner = adapter ? Inner{1, 1} : p.rows.inner;
-        load_tile<E::kDepth>(tile(stage), BM, E::kDepth, limit(step) - k0, inner, [&](int i) {
-          return offsets[i] < 0 ? nullptr : data + (adapter ? (row0 + i) * p.work_row : offsets[i]) + k0 * inner.stride;
-        });
-        const Weight& weight = adapter ? p.adapter : p.weight;
-        load_weight<TRANSPOSED, BN, E::kDepth>(
-            tile(stage) + E::kTileA, weight.template of<T>(0), weight.row, n0, BN, p.n, k0, E::kDepth, limit(step));
+        T *a = tile(stage), *b = a + E::kTileA;
+        if (step < steps_r) {
+          const int r0 = static_cast<int>(step_r + step) * E::kDepth;
+          load_pieces<E::kDepth>(a, BM, E::kDepth, [&](int i, int column) {
+            const int rank = r0 + column - table.slot[i];
+            if (rank < 0 || rank >= bank.width) return Piece<T>{nullptr, 0};
+            return Piece<T>{static_cast<const T*>(p.work) + table.row[i] * bank.width + rank, bank.r - rank};
+          });
+          if constexpr (TRANSPOSED)
+            load_tile<BN>(b, E::kDepth, BN, p.n - n0, Inner{1, 1}, [&](int i) {
+              const T* line = bank.line<T>(p.adapter, r0 + i);
+              return line ? line + n0 : nullptr;
+            });
+          else
+            load_pieces<E::kDepth>(b, BN, E::kDepth, [&](int i, int column) {
+              return n0 + i < p.n ? bank.piece<T>(p.adapter, n0 + i, r0 + column) : Piece<T>{nullptr, 0};
+            });
+        } else {
+          const int k0 = static_cast<int>(step - steps_r) * E::kDepth;
+          load_tile<E::kDepth>(a, BM, E::kDepth, p.k - k0, p.rows.inner, [&](int i) {
+            const int64_t offset = table.offset[i];
+            return offset < 0 ? nullptr : static_cast<const T*>(p.rows.data) + offset + k0 * p.rows.inner.stride;
+          });
+          load_weight<TRANSPOSED, BN, E::kDepth>(
+              b, p.weight.of<T>(0), p.weight.row, n0, BN, p.n, k0, E::kDepth, p.k);
+        }
       },
       [](int64_t, int) {},
       [&](int64_t step, int stage) {
         const T* b = tile(stage) + E::kTileA + (TRANSPOSED ? warp_n : warp_n * kRowB);
         multiply_rows<false, TRANSPOSED, false>(
             acc, unused, tile(stage) + warp_m * E::kRowA, E::kRowA, b, kRowB, E::kDepth, E::kBlocksN);
-        if (p.dropout.threshold && step == steps_r - 1) drop_accumulators(acc, p.dropout, row0 + warp_m, n0 + warp_n);
+        if (p.dropout.threshold && step == steps_r - 1) drop_accumulators(acc, p.dropout, table.row + warp_m, n0 + warp_n);
       });
 
   struct Column {
@@ -214,11 +257,12 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_extended_kernel(const
     for (int i = 0; i < E::kBlocksM; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int64_t row = row0 + warp_m + i * 16 + lane / 4 + half * 8;
-        if (row >= p.m) continue;
+        const int at = warp_m + i * 16 + lane / 4 + half * 8;
+        if (table.offset[at] < 0) continue;
+        const bool outside = bank.outside(table.slot[at]);
         const float* v = acc[i][j] + half * 2;
-        store_pair(static_cast<T*>(p.out) + row * p.n + column, a.gain * v[0] + a.bias, b.gain * v[1] + b.bias, p.n % 2 == 0,
-            left);
+        const float first = outside ? nanf("") : a.gain * v[0] + a.bias, second = outside ? nanf("") : b.gain * v[1] + b.bias;
+        store_pair(static_cast<T*>(p.out) + table.row[at] * p.n + column, first, second, p.n % 2 == 0, left);
       }
   }
 }

@@ -25,24 +25,24 @@ __global__ void __launch_bounds__(kThreads) lora_linear_gain_kernel(const __grid
     static_cast<T*>(p.out)[row * p.out_row + column] = from_float<T>(gain * to_float(from[p.rows.offset(row)]));
 }
 
-// rows.T @ work over the rows, for the gradient of one of the adapter's matrices.
+// rows.T @ work over the rows of each adapter, for the gradient of one of its matrices.
 struct Product {
   int columns;      // of `rows`; 0: not wanted
   Rows rows;        // (m, columns)
-  const void* work; // (m, work_row), of which r count
+  const void* work;  // (m, work_row), of which r count
   Dropout dropout;  // of `rows`; the scale is left to the reduction
   int64_t splits;
-  float* planes;    // (splits, columns, r)
+  float* planes;    // (splits, g, columns, r)
 };
 struct Products {
-  int64_t m;
+  Groups groups;
   int r;
   int64_t work_row;
   int64_t blocks_a;  // of lora_a; those of lora_b follow
   Product a, b;
 };
 
-// One block: 64 columns by 64 ranks of one plane.
+// One block: 64 columns by 64 ranks of an adapter's part of one plane.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3) lora_linear_products_kernel(const __grid_constant__ Products q) {
   FA_DYNAMIC_SHARED(shared);
@@ -50,17 +50,22 @@ __global__ void __launch_bounds__(kThreads, 3) lora_linear_products_kernel(const
   const Product& p = is_a ? q.a : q.b;
   const int64_t index = blockIdx.x - (is_a ? 0 : q.blocks_a), tiles = divide_up(p.columns, kN), tiles_r = divide_up(q.r, kN);
   const int c0 = static_cast<int>(index % tiles) * kN, r0 = static_cast<int>(index / tiles % tiles_r) * kN;
-  const int64_t split = index / tiles / tiles_r;
+  const int64_t split = index / tiles / tiles_r % p.splits;
+  const int adapter = static_cast<int>(index / tiles / tiles_r / p.splits);
+  const Span span = split_rows(q.groups, adapter, split, p.splits, Outer<T>::kDepth);
   const T *data = static_cast<const T*>(p.rows.data) + c0 * p.rows.inner.stride, *work = static_cast<const T*>(p.work) + r0;
-  const auto rows = columns(p.rows.inner, p.columns - c0, [&](int64_t row) { return data + p.rows.offset(row); });
+  const auto rows = columns(p.rows.inner, p.columns - c0,
+      [&](int64_t position) { return data + p.rows.offset(q.groups.row(position)); });
   float acc[8][4] = {}, unused[4];
   outer_product<false>(
-      acc, unused, reinterpret_cast<T*>(shared), split_span(0, q.m, split, p.splits, Outer<T>::kDepth), rows,
-      columns(Inner{1, 1}, q.r - r0, [&](int64_t row) { return work + row * q.work_row; }), false,
+      acc, unused, reinterpret_cast<T*>(shared), span, rows,
+      columns(Inner{1, 1}, q.r - r0, [&](int64_t position) { return work + q.groups.row(position) * q.work_row; }), false,
       [&](T* tile, int64_t begin, int depth) {
-        if (p.dropout.threshold) drop_tile<kN>(tile, depth, rows.extent(), rows.inner, p.dropout, begin, c0);
+        if (!p.dropout.threshold) return;
+        auto row_of = [&](int i) { return begin + i < span.end ? q.groups.row(begin + i) : 0; };
+        drop_tile<kN>(tile, depth, rows.extent(), rows.inner, p.dropout, row_of, c0);
       });
-  float* plane = p.planes + (split * p.columns + c0) * q.r + r0;
+  float* plane = p.planes + ((split * q.groups.g + adapter) * p.columns + c0) * q.r + r0;
   outer_elements(acc, [&](int c, int j, float v) {
     if (c0 + c < p.columns && r0 + j < q.r) plane[static_cast<int64_t>(c) * q.r + j] = v;
   });
@@ -92,17 +97,17 @@ __global__ void __launch_bounds__(kThreads, 3) lora_linear_weight_kernel(const _
   });
 }
 
-// The sums over rows of a, or of a * (b - minus), for each column.
+// The sums over the rows of each adapter of a, or of a * (b - minus), for each column.
 struct Sum {
+  Groups groups;
   int64_t columns, splits;
   Rows a, b;
   int is_float;  // instead of T
   Vector minus;
-  float* planes;  // (splits, columns)
+  float* planes;  // (splits, g, columns)
 };
 constexpr int kSums = 3;
 struct Sums {
-  int64_t m;
   int count;
   Sum of[kSums];
 };
@@ -112,26 +117,28 @@ __device__ __forceinline__ float sum_of(const Sum& p, Span span, int64_t column)
   const E *a = static_cast<const E*>(p.a.data) + column * p.a.inner.stride,
           *b = static_cast<const E*>(p.b.data) + column * p.b.inner.stride;
   const float minus = p.minus.data ? p.minus.at<T>(column) : 0.f;
-  return sum_rows(span, [&](int64_t row) {
+  return sum_rows(span, [&](int64_t position) {
+    const int64_t row = p.groups.row(position);
     const float v = to_float(a[p.a.offset(row)]);
     return float2{p.b.data ? v * (to_float(b[p.b.offset(row)]) - minus) : v, 0.f};
   }).x;
 }
 
-// A row of blocks for each sum, a thread for each of its columns in a split of the rows.
+// A row of blocks for each sum, a thread for each of its columns in a split of an adapter's rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) lora_linear_sums_kernel(const __grid_constant__ Sums q) {
   const Sum& p = q.of[blockIdx.y];
   const int64_t tiles = divide_up(p.columns, kThreads), column = blockIdx.x % tiles * kThreads + threadIdx.x;
-  const int64_t split = blockIdx.x / tiles;
-  if (column >= p.columns || split >= p.splits) return;
-  const Span span = split_span(0, q.m, split, p.splits, 1);
-  p.planes[split * p.columns + column] = p.is_float ? sum_of<float, T>(p, span, column) : sum_of<T, T>(p, span, column);
+  const int64_t split = blockIdx.x / tiles % p.splits, adapter = blockIdx.x / tiles / p.splits;
+  if (column >= p.columns || adapter >= p.groups.g) return;
+  const Span span = split_rows(p.groups, static_cast<int>(adapter), split, p.splits, 1);
+  float* plane = p.planes + (split * p.groups.g + adapter) * p.columns;
+  plane[column] = p.is_float ? sum_of<float, T>(p, span, column) : sum_of<T, T>(p, span, column);
 }
 
-// A gradient from its planes: out[i, j] = factor / divisor[i] * the sum of planes[s, i * row + j * column].
+// A gradient from its planes: out[a, i, j] = factor / divisor[i] * the sum of planes[s, a, i * row + j * column].
 struct Reduction {
-  int64_t rows, columns, row, column;
+  int64_t groups, rows, columns, row, column;
   const float* planes;
   int64_t splits, plane;
   float factor;
@@ -150,9 +157,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) lora_linear_reduce_kernel(const __grid_constant__ Reductions q) {
   const Reduction& p = q.of[blockIdx.y];
   const int64_t at = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (at >= p.rows * p.columns) return;
-  const int64_t i = at / p.columns, j = at % p.columns;
-  float v = p.factor * add_planes(p.planes + i * p.row + j * p.column, p.splits, p.plane);
+  const int64_t size = p.rows * p.columns;
+  if (at >= p.groups * size) return;
+  const int64_t group = at / size, i = at % size / p.columns, j = at % p.columns;
+  float v = p.factor * add_planes(p.planes + group * size + i * p.row + j * p.column, p.splits, p.plane);
   if (p.divisor.data) {
     const float divisor = p.divisor.at<T>(i);
     v = divisor == 0.f ? nanf("") : v / divisor;

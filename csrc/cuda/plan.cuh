@@ -2,6 +2,7 @@
 // plans.
 #pragma once
 #include <functional>
+#include <utility>
 
 #include "rows.cuh"
 
@@ -17,19 +18,23 @@ struct Array {
   const int64_t *size = nullptr, *stride = nullptr;
 };
 
-// A matrix that can be looked at the other way round.
+// A matrix, or a bank of them, that can be looked at the other way round.
 struct Matrix {
   void* data;
   Kind kind;
-  int64_t size[2], stride[2];
+  int dims;
+  int64_t size[3], stride[3];
 
-  explicit Matrix(const Array& a) : data(a.data), kind(a.kind), size{a.size[0], a.size[1]}, stride{a.stride[0], a.stride[1]} {}
+  explicit Matrix(const Array& a) : data(a.data), kind(a.kind), dims(a.dims) {
+    for (int i = 0; i < dims; i++) size[i] = a.size[i], stride[i] = a.stride[i];
+  }
   Matrix transposed() const {
     Matrix other = *this;
-    for (int i = 0; i < 2; i++) other.size[i] = size[1 - i], other.stride[i] = stride[1 - i];
+    std::swap(other.size[dims - 2], other.size[dims - 1]);
+    std::swap(other.stride[dims - 2], other.stride[dims - 1]);
     return other;
   }
-  Array array() const { return Array{data, kind, 2, size, stride}; }
+  Array array() const { return Array{data, kind, dims, size, stride}; }
 };
 
 struct Device {

@@ -1,7 +1,7 @@
 // Sums over rows, as the gradients of parameters need them: partial sums over splits of the rows ("planes"), which a second
 // kernel adds in a fixed order.  No atomics.
 #pragma once
-#include "rows.cuh"
+#include "bank.cuh"
 
 namespace fastadapt {
 
@@ -13,6 +13,11 @@ struct Span {
 __device__ __forceinline__ Span split_span(int64_t begin, int64_t end, int64_t split, int64_t splits, int step) {
   const int64_t rows = divide_up(divide_up(end - begin, splits), step) * step;
   return Span{least(begin + split * rows, end), least(begin + (split + 1) * rows, end)};
+}
+
+// The positions of one split of an adapter's rows.
+__device__ __forceinline__ Span split_rows(const Groups& groups, int adapter, int64_t split, int64_t splits, int step) {
+  return split_span(groups.first(adapter), groups.first(adapter + 1), split, splits, step);
 }
 
 // The stages of a product over rows: a tile of each operand.

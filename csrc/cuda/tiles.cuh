@@ -53,18 +53,35 @@ struct Inner {
   int vector;      // rows are 16-byte aligned and their columns adjacent
 };
 
+// Elements that lie side by side, of which `valid` exist.
+template <class T>
+struct Piece {
+  const T* from;
+  int valid;
+};
+
+// Starts to fill tile[rows][columns] from source(row, column), the piece of a row that begins at the column, on 16 bytes.  What
+// doesn't exist becomes zero.
+template <int COLUMNS, class T, class Source>
+__device__ __forceinline__ void load_pieces(T* tile, int rows, int columns, Source source) {
+  constexpr int kVector = Shape<T>::kVector, kRow = Shape<T>::padded(COLUMNS);
+  own_vectors<COLUMNS, kVector>(rows, columns, [&](int row, int column) {
+    const Piece<T> piece = source(row, column);
+    T* to = tile + row * kRow + column;
+    if (piece.valid > 0) cp_async16(to, piece.from, least<int>(piece.valid * sizeof(T), 16));
+    else *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+  });
+}
+
 // Starts to fill tile[rows][columns] from source(row), the address of a row's first column, or nullptr for a row of zeros.
 // Columns from `valid` on become zero.
 template <int COLUMNS, class T, class Source>
 __device__ __forceinline__ void load_tile(T* tile, int rows, int columns, int valid, Inner inner, Source source) {
-  constexpr int kVector = Shape<T>::kVector, kRow = Shape<T>::padded(COLUMNS);
+  constexpr int kRow = Shape<T>::padded(COLUMNS);
   if (inner.vector) {
-    own_vectors<COLUMNS, kVector>(rows, columns, [&](int row, int column) {
+    load_pieces<COLUMNS>(tile, rows, columns, [&](int row, int column) {
       const T* from = source(row);
-      const int left = from ? valid - column : 0;
-      T* to = tile + row * kRow + column;
-      if (left > 0) cp_async16(to, from + column, least<int>(left * sizeof(T), 16));
-      else *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+      return from ? Piece<T>{from + column, valid - column} : Piece<T>{nullptr, 0};
     });
   } else {
     own_elements<COLUMNS>(rows, columns, inner.stride != 1, [&](int row, int column) {
