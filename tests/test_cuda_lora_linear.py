@@ -90,3 +90,88 @@ def test_gain_of_zero_has_no_gradient(emulate):
     arguments["magnitude"][7], arguments["bias"] = 0, torch.randn(20)  # which a 16-bit y can't hold
     grad = run(SPEC.op, arguments, backend="native")["magnitude"]
     assert torch.equal(grad.isnan(), torch.arange(20) == 7) and not grad.isinf().any()
+
+
+# --- banks -----------------------------------------------------------------------------------------------------------------
+
+# Few ranks are multiplied whole, many for the adapters of a tile, whose rows are sorted.
+RANKS = {"few": 4, "many": 40}
+IDS = [5, 0, -1, 5, 2, 4, 4, 0, 1, -1] * 14
+
+
+def a_bank(dtype, ids, r, k=43, **options):
+    return make(dtype, "cpu", shape=(len(ids), k), n=70, r=r, g=6, ids=ids, **{"scale": "each", "diagonal": True, **options})
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 64))
+@pytest.mark.parametrize("r", RANKS.values(), ids=RANKS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
+def test_row_of_a_bank_has_the_bits_that_it_has_alone(emulate, dtype, r, multiprocessors):
+    emulate(multiprocessors=multiprocessors)
+    arguments = a_bank(dtype, IDS, r)
+    grad_y = torch.randn_like(SPEC.output(arguments))
+
+    def of(rows):
+        some = {**arguments, "x": arguments["x"][rows], "adapter_ids": arguments["adapter_ids"][rows]}
+        result = run(SPEC.op, some, grad_y[rows], backend="native")
+        return result["y"], result["x"]
+
+    whole = of(torch.arange(len(IDS)))
+    for rows in (torch.tensor([7]), torch.tensor([2]), torch.arange(3, 90, 2), torch.arange(len(IDS)).flip(0)):
+        assert all(torch.equal(part, all_rows[rows]) for part, all_rows in zip(of(rows), whole))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
+def test_adapters_behind_change_no_bit(emulate, dtype):
+    """A bank that is multiplied whole, and the same one behind which so many others stand that its rows are sorted."""
+    emulate(multiprocessors=4)
+    arguments = a_bank(dtype, IDS, r=20)
+    more = {n: torch.cat([arguments[n], arguments[n][:5]]) for n in ("lora_a", "lora_b", "diagonal", "scale")}
+    few, many = (SPEC.op(**{**arguments, **edit}, backend="native") for edit in ({}, more))
+    assert torch.equal(few, many)
+
+
+@pytest.mark.parametrize("r", RANKS.values(), ids=RANKS)
+def test_id_outside_the_bank_gives_nan_and_spoils_nothing_else(emulate, r):
+    emulate(multiprocessors=4)
+    ids = [5, 6, 0, -2, -1, 127, 3, -128]
+    arguments = a_bank(torch.bfloat16, ids, r, dropout=0.2)
+    bad = torch.tensor([not -1 <= i < 6 for i in ids])
+    grad_y = torch.randn_like(SPEC.output(arguments))
+
+    def leaves(adapter_ids):
+        x, *rest, _ = SPEC.leaf_args(arguments)
+        y, u = SPEC.fwd.native(x, *rest, adapter_ids)
+        grads = SPEC.bwd.native(grad_y, x, u, None, *rest, adapter_ids, [name != "magnitude" for name in SPEC.bwd_outputs])
+        return {"y": y, **dict(zip(SPEC.bwd_outputs, grads))}
+
+    result, clean = leaves(arguments["adapter_ids"]), leaves(torch.where(bad, -1, arguments["adapter_ids"]))
+    for name in ("y", "x"):
+        assert result[name][bad].isnan().all() and torch.equal(result[name][~bad], clean[name][~bad])
+    assert all(torch.equal(result[n], clean[n]) and clean[n].isfinite().all() for n in clean if n not in ("y", "x"))
+
+
+@pytest.mark.parametrize("ids", (torch.int32, torch.int16, torch.int8, torch.uint8), ids=lambda d: str(d)[6:])
+def test_ids_of_any_integer_dtype(emulate, ids):
+    emulate(multiprocessors=4)
+    arguments = a_bank(torch.float32, [5, 0, 3, 0, 2] * 4, r=4)
+    other = {**arguments, "adapter_ids": arguments["adapter_ids"].to(ids).repeat_interleave(2)[::2]}
+    assert torch.equal(SPEC.op(**other, backend="native"), SPEC.op(**arguments, backend="native"))
+
+
+@pytest.mark.parametrize("r", RANKS.values(), ids=RANKS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
+def test_bank_of_many_tiles(emulate, dtype, r):
+    emulate(multiprocessors=64)
+    check(SPEC, "native", lambda: a_bank(dtype, IDS, r, k=530, dropout=0.2, lora_bias=True), unit="matrix")
+
+
+def test_bank_of_one_layer_has_the_bits_of_the_layer(emulate):
+    emulate(multiprocessors=4)
+    arguments = a_bank(torch.bfloat16, [3] * 70, r=20, dropout=0.2)
+    grad_y = torch.randn_like(SPEC.output(arguments))
+    bank = run(SPEC.op, arguments, grad_y, backend="native")
+    names = ("lora_a", "lora_b", "diagonal", "scale")
+    one = {n: arguments[n][3] if n in names else arguments[n] for n in arguments if n != "adapter_ids"}
+    layer = run(SPEC.op, one, grad_y, backend="native")
+    assert all(torch.equal(bank[n][3] if n in names else bank[n], layer[n]) for n in layer if n != "scale")
