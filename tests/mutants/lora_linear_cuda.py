@@ -5,7 +5,7 @@ from .bottleneck_cuda import KEPT, ONLY_BFLOAT16, ONLY_FLOAT32
 
 HEADERS = "csrc/cuda/"
 DROPOUT, FWD, BWD = HEADERS + "dropout.cuh", HEADERS + "lora_linear.cuh", HEADERS + "lora_linear_gradients.cuh"
-PLAN = HEADERS + "lora_linear_plan.cuh"
+PLAN, SIDE, BANK = HEADERS + "lora_linear_plan.cuh", HEADERS + "lora_linear_bank.cuh", HEADERS + "bank.cuh"
 
 
 def emulated(select, tests="tests/test_cuda_emulated.py", edits=ONLY_BFLOAT16):
@@ -25,7 +25,14 @@ SPLITS = emulated("many-rows-float32 and test_matches_reference", edits=ONLY_FLO
 MASK = Rung("tests/test_cuda_lora_linear.py", "test_mask_of_any_row")
 GAIN = Rung("tests/test_cuda_lora_linear.py", "test_gain_of_zero", plugins=KEPT, edits=ONLY_BFLOAT16)
 CHUNKS = Rung("tests/test_cuda_lora_linear.py", "test_depth_of_several_chunks and bfloat16", plugins=KEPT, edits=ONLY_BFLOAT16)
+BANKED = emulated("bank-with-everything-bfloat16 and test_matches_reference")
+SORTED = emulated("bank-beyond-one-tile-bfloat16 and test_matches_reference")
+PADDED = emulated("bank-of-ranks-bfloat16 and test_matches_reference")
+RACES = emulated("bank-with-everything-bfloat16-thread and test_sanitizer_reports_nothing")
+OUTSIDE = Rung("tests/test_cuda_lora_linear.py", "test_id_outside_the_bank", plugins=KEPT, edits=ONLY_BFLOAT16)
+BITS = Rung("tests/test_cuda_lora_linear.py", "test_row_of_a_bank and float32 and many", plugins=KEPT, edits=ONLY_FLOAT32)
 ERROR = "grad of {}: (l2|max) error"
+OUTPUT = "output: (l2|max) error|not finite"
 
 MUTANTS = (
     Mutant(
@@ -35,7 +42,7 @@ MUTANTS = (
     ),
     Mutant(
         "adapter left out where the depth ends with it", "missing term", {PLAIN: "output: (l2|max) error"},
-        [(FWD, "steps_r = static_cast<int>(divide_up(p.r, E::kDepth))", "steps_r = p.r / E::kDepth")],
+        [(FWD, "static_cast<int>(divide_up(end_r, E::kDepth)) - step_r", "end_r / E::kDepth - step_r")],
         fast=True,
     ),
     Mutant(
@@ -47,9 +54,9 @@ MUTANTS = (
         [(DROPOUT, "c2 = static_cast<uint32_t>(position >> 32);", "c2 = 0;")],
     ),
     Mutant(
-        "rows begin in 32 bits", "32-bit offset", {FAR: "(l2|max) error|Segmentation fault"},
-        [(FWD, "offsets[i] = row0 + i < m ? rows.offset(row0 + i) : -1;",
-          "offsets[i] = row0 + i < m ? static_cast<int>(rows.offset(row0 + i)) : -1;")],
+        "rows begin in 32 bits", "32-bit offset", {FAR: "(l2|max) error|not finite|Segmentation fault"},
+        [(SIDE, "offset[i] = valid ? rows.offset(number) : -1;",
+          "offset[i] = valid ? static_cast<int>(rows.offset(number)) : -1;")],
     ),
     Mutant(
         "planes of the first chunks overwritten", "missing term", {CHUNKS: "assert"},
@@ -86,6 +93,64 @@ MUTANTS = (
     ),
     Mutant(
         "every split writes one plane", "race", {SPLITS: "error|not finite"},
-        [(BWD, "float* plane = p.planes + (split * p.columns + c0) * q.r + r0;", "float* plane = p.planes + c0 * q.r + r0;")],
+        [(BWD, "p.planes + ((split * q.groups.g + adapter) * p.columns", "p.planes + (int64_t{adapter} * p.columns")],
+    ),
+    Mutant(
+        "ranks of every adapter", "wrong row of a bank", {BANKED: OUTPUT},
+        [(FWD, "const int rank = r0 + column - table.slot[i];", "const int rank = (r0 + column) % bank.width;")],
+    ),
+    Mutant(
+        "diagonal of the first adapter", "wrong row of a bank", {BANKED: OUTPUT},
+        [(FWD, "p.diagonal.at<T>(adapter, j)", "p.diagonal.at<T>(j)")],
+    ),
+    Mutant(
+        "sorted rows stored where they stand", "wrong row of a bank", {SORTED: OUTPUT},
+        [(FWD, "static_cast<T*>(p.out) + table.row[at] * p.n", "static_cast<T*>(p.out) + (row0 + at) * p.n")],
+    ),
+    Mutant(
+        "a row of the next adapter added", "wrong row of a bank", {BANKED: ERROR.format("lora_a")},
+        [(BWD, "split_rows(q.groups, adapter, split, p.splits, Outer<T>::kDepth)",
+          "split_span(q.groups.first(adapter), q.groups.first(adapter + 1) + 1, split, p.splits, Outer<T>::kDepth)")],
+    ),
+    Mutant(
+        "no adapter taken for the first", "id -1 not honoured", {BANKED: OUTPUT},
+        [(BANK, "return id == -1 ? g : id >= 0", "return id == -1 ? 0 : id >= 0")],
+    ),
+    Mutant(
+        "an id behind the last adapter", "load out of bounds", {OUTSIDE: "assert"},
+        [(BANK, "id >= 0 && id < g ? static_cast<int>(id)", "id >= 0 && id <= g ? static_cast<int>(id)")],
+    ),
+    Mutant(
+        "last adapter of a tile left out", "tail skipped", {BANKED: OUTPUT},
+        [(FWD, "end_r = slots.last + bank.width;", "end_r = slots.last;")],
+    ),
+    Mutant(
+        "ranks from the first row's on", "row depends on its neighbours", {BITS: "assert"},
+        [
+            (FWD, "const int step_r = slots.first / E::kDepth, end_r", "const int first_r = slots.first, end_r"),
+            (FWD, "static_cast<int>(divide_up(end_r, E::kDepth)) - step_r", "divide_up(end_r - first_r, E::kDepth)"),
+            (FWD, "const int r0 = static_cast<int>(step_r + step) * E::kDepth;",
+             "const int r0 = first_r + static_cast<int>(step) * E::kDepth;"),
+        ],
+    ),
+    Mutant(
+        "ranks that fill up an adapter", "tail of the product unmasked", {PADDED: OUTPUT},
+        [(SIDE, "adapter < groups.g ? r - j : 0", "adapter < groups.g ? width - j : 0")],
+    ),
+    Mutant(
+        "planes of rows that no block has", "uninitialised memory", {OUTSIDE: "assert"},
+        [(FWD, "has_one && i < p.count", "i < p.count")],
+    ),
+    Mutant(
+        "mask of the place among the sorted rows", "mask off by one", {BANKED: ERROR.format("lora_a")},
+        [(BWD, "begin + i < span.end ? q.groups.row(begin + i) : 0", "begin + i < span.end ? begin + i : 0")],
+    ),
+    Mutant(
+        "tiles of a sorted bank not launched", "grid too small", {SORTED: OUTPUT},
+        [(PLAN, "(sorted ? bank.groups.g + 2 : 0)", "0")],
+    ),
+    Mutant(
+        "no barrier behind the table of rows", "missing barrier", {RACES: "data race"},
+        [(SIDE, ": -bank.width;\n    }\n    __syncthreads();\n", ": -bank.width;\n    }\n")],
     ),
 )  # fmt: skip
