@@ -152,6 +152,17 @@ def test_id_outside_the_bank_gives_nan_and_spoils_nothing_else(emulate, r):
     assert all(torch.equal(result[n], clean[n]) for n in clean if n not in ("y", "u", "x"))
 
 
+@pytest.mark.parametrize("r", (32, 64), ids=("whole", "sorted"))
+def test_adapter_without_rows_costs_nothing(emulate, r):
+    """Not even where the adapters on both sides of it have rows: what it holds reaches no product."""
+    emulate(multiprocessors=4)
+    arguments = a_bank(torch.bfloat16, IDS, r)  # of which none has adapter 3
+    for name in ("lora_a", "lora_b"):
+        arguments[name][3] = float("nan")
+    result = run(SPEC.op, arguments, backend="native")
+    assert all(t.isfinite().all() for t in result.values()) and not result["lora_a"][3].any()
+
+
 @pytest.mark.parametrize("ids", (torch.int32, torch.int16, torch.int8, torch.uint8), ids=lambda d: str(d)[6:])
 def test_ids_of_any_integer_dtype(emulate, ids):
     emulate(multiprocessors=4)

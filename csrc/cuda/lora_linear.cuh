@@ -61,8 +61,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2)
   if constexpr (!TRANSPOSED)
     for (int i = threadIdx.x; i < kN; i += kThreads) table.line[i] = bank.line<T>(p.weight, r0 + i);
   table.rows.fill(bank, p.rows, rows.begin, rows.end);
-  const Slots slots = table.rows.slots();
-  if (slots.first >= r0 + kN || slots.last + bank.width <= r0) return;  // no row has one of these ranks
+  if (table.rows.next(bank, r0) >= r0 + kN) return;  // no row has one of these ranks
 
   const int columns = least(round_up(end_r - r0, 16), kN), live = columns / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -170,7 +169,7 @@ struct Extended {
 
 template <class T, int BM, int BN>
 struct ExtendedTile {
-  static constexpr int kDepth = 32, kStages = Shape<T>::kStages;
+  static constexpr int kDepth = kRankStep, kStages = Shape<T>::kStages;
   static constexpr int kRowA = Shape<T>::padded(kDepth), kTileA = BM * kRowA;
   static constexpr int kRowB = Shape<T>::padded(BN);  // if transposed
   static constexpr int kTileB = BN * kRowA > kDepth * kRowB ? BN * kRowA : kDepth * kRowB;
@@ -182,9 +181,9 @@ struct ExtendedTile {
 constexpr int kBand = 8;  // rows of tiles that run together, so that they find their columns in the cache
 
 // out = gain * (rows @ weight.T + drop(work @ adapter.T)) + bias.  One block: BM rows by BN columns.  The adapter comes first,
-// so that its accumulators can be dropped before the rest is added: of a bank the ranks from the first to the last adapter among
-// the rows, in steps that begin where they always do, so that no other row changes the bits of a row.  Tiles are padded with
-// zeros, so that all loops are known.
+// so that its accumulators can be dropped before the rest is added: of a bank the steps of ranks that a row of the tile has.
+// They begin where they always do, so that no other row changes the bits of a row.  Tiles are padded with zeros, so that all
+// loops are known.
 template <class T, int BM, int BN, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads, 2) lora_linear_extended_kernel(const __grid_constant__ Extended p) {
   FA_DYNAMIC_SHARED(shared);
@@ -197,11 +196,10 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_extended_kernel(const
   RowTable<BM>& table = *reinterpret_cast<RowTable<BM>*>(shared);
   T* stages = reinterpret_cast<T*>(shared + sizeof(RowTable<BM>));
   table.fill(bank, p.rows, row0, p.m);
-  const Slots slots = table.slots();
+  int next_r = table.next(bank, 0), steps_r = 0;
+  for (int rank = next_r; rank < kNoRank; rank = table.next(bank, rank + kRankStep)) steps_r++;
 
   const int warp_m = threadIdx.x / 32 % 2 * (BM / 2), warp_n = threadIdx.x / 64 * (BN / 2), lane = threadIdx.x % 32;
-  const int step_r = slots.first / E::kDepth, end_r = slots.last + bank.width;
-  const int steps_r = slots.last < 0 ? 0 : static_cast<int>(divide_up(end_r, E::kDepth)) - step_r;
   auto tile = [&](int stage) { return stages + stage * (E::kTileA + E::kTileB); };
   float acc[E::kBlocksM][E::kBlocksN][4] = {}, unused[4];
   pipeline<E::kStages>(
@@ -209,7 +207,8 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_extended_kernel(const
       [&](int64_t step, int stage) {
         T *a = tile(stage), *b = a + E::kTileA;
         if (step < steps_r) {
-          const int r0 = static_cast<int>(step_r + step) * E::kDepth;
+          const int r0 = next_r;
+          next_r = table.next(bank, r0 + kRankStep);
           load_pieces<E::kDepth>(a, BM, E::kDepth, [&](int i, int column) {
             const int rank = r0 + column - table.slot[i];
             if (rank < 0 || rank >= bank.width) return Piece<T>{nullptr, 0};

@@ -4,6 +4,9 @@
 
 namespace fastadapt {
 
+// Ranks are multiplied in steps that begin at multiples of this.
+constexpr int kRankStep = 32, kNoRank = 1 << 30;
+
 struct Bank {
   Ids ids;
   Groups groups;  // order is nullptr where rows are taken as they come
@@ -33,11 +36,6 @@ struct Bank {
   }
 };
 
-// First and last of the slots that rows of a tile have; last < first if none of them has an adapter.
-struct Slots {
-  int first, last;
-};
-
 // The rows of a tile, in shared memory.
 template <int ROWS>
 struct RowTable {
@@ -54,15 +52,14 @@ struct RowTable {
     }
     __syncthreads();
   }
-  __device__ __forceinline__ Slots slots() const {
-    Slots found{1 << 30, -1};
+  // The first step of ranks from `from` on, itself the beginning of one, of which a row of the tile has any; kNoRank if there
+  // is none.  All threads of a warp ask together.
+  __device__ __forceinline__ int next(const Bank& bank, int from) const {
+    int found = kNoRank;
     for (int i = threadIdx.x % 32; i < ROWS; i += 32)
-      if (slot[i] >= 0) found = Slots{least(found.first, slot[i]), slot[i] > found.last ? slot[i] : found.last};
-    for (int o = 16; o; o /= 2) {
-      const int first = __shfl_xor_sync(0xffffffffu, found.first, o), last = __shfl_xor_sync(0xffffffffu, found.last, o);
-      found = Slots{least(found.first, first), last > found.last ? last : found.last};
-    }
-    return found;
+      if (slot[i] >= 0 && slot[i] + bank.width > from) found = least(found, slot[i] > from ? slot[i] : from);
+    for (int o = 16; o; o /= 2) found = least(found, __shfl_xor_sync(0xffffffffu, found, o));
+    return found / kRankStep * kRankStep;
   }
 };
 

@@ -42,7 +42,7 @@ MUTANTS = (
     ),
     Mutant(
         "adapter left out where the depth ends with it", "missing term", {PLAIN: "output: (l2|max) error"},
-        [(FWD, "static_cast<int>(divide_up(end_r, E::kDepth)) - step_r", "end_r / E::kDepth - step_r")],
+        [(SIDE, "slot[i] + bank.width > from)", "slot[i] + bank.width >= from + kRankStep)")],
         fast=True,
     ),
     Mutant(
@@ -121,17 +121,15 @@ MUTANTS = (
         [(BANK, "id >= 0 && id < g ? static_cast<int>(id)", "id >= 0 && id <= g ? static_cast<int>(id)")],
     ),
     Mutant(
-        "last adapter of a tile left out", "tail skipped", {BANKED: OUTPUT},
-        [(FWD, "end_r = slots.last + bank.width;", "end_r = slots.last;")],
+        "every other step of ranks", "tail skipped", {BANKED: OUTPUT},
+        [
+            (FWD, "table.next(bank, rank + kRankStep)) steps_r++", "table.next(bank, rank + 2 * kRankStep)) steps_r++"),
+            (FWD, "next_r = table.next(bank, r0 + kRankStep);", "next_r = table.next(bank, r0 + 2 * kRankStep);"),
+        ],
     ),
     Mutant(
-        "ranks from the first row's on", "row depends on its neighbours", {BITS: "assert"},
-        [
-            (FWD, "const int step_r = slots.first / E::kDepth, end_r", "const int first_r = slots.first, end_r"),
-            (FWD, "static_cast<int>(divide_up(end_r, E::kDepth)) - step_r", "divide_up(end_r - first_r, E::kDepth)"),
-            (FWD, "const int r0 = static_cast<int>(step_r + step) * E::kDepth;",
-             "const int r0 = first_r + static_cast<int>(step) * E::kDepth;"),
-        ],
+        "steps that begin with an adapter", "row depends on its neighbours", {BITS: "assert"},
+        [(SIDE, "return found / kRankStep * kRankStep;", "return found;")],
     ),
     Mutant(
         "ranks that fill up an adapter", "tail of the product unmasked", {PADDED: OUTPUT},

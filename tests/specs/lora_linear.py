@@ -355,6 +355,11 @@ SPEC = OpSpec(
         case("wide-weight", shape=(40, 70_000), n=70_000, r=64, **ALL),
         case("bank-of-many", shape=(64, 1024), n=1032, r=64, g=40_000, ids=[0, 39_999] * 32, **DROPPED),
     ),
+    many=(
+        (case("rows", shape=(2**22 + 5, 2), n=2, r=1), ("x",)),
+        (case("adapters", shape=(40, 72), n=72, r=2, g=65535, ids=[0, 65534] * 20, diagonal=True),
+         ("lora_a", "lora_b", "diagonal")),
+    ),
     tiled=(
         case("r7", shape=(131, 72), n=136, r=7, **ALL),
         *(case(f"r{r}", shape=(67, 136), n=72, r=r, **ALL) for r in (20, 100, 130)),
