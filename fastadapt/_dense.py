@@ -20,5 +20,7 @@ def dense(weight, dtype: torch.dtype | None = None):
         if getattr(weight, "quant_state", None) is not None:
             from bitsandbytes.functional import dequantize_4bit
 
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):  # dequantize_4bit would misread it
+                raise ValueError("weight must be packed as bitsandbytes does at first, got one packed anew for a CPU")
             return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
         return weight.dequantize().to(dtype)

@@ -350,3 +350,17 @@ def test_quantised_base(make, options):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
     quantised.unmerge()
     assert torch.equal(dequantise(quantised.base.weight), weight)
+
+
+def test_a_weight_packed_anew_is_refused():
+    """bitsandbytes does that on some CPUs when its own layer runs in evaluation; read as before it would be another weight."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the library bitsandbytes is not installed")
+    base = bitsandbytes.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE)
+    base.eval()(torch.randn(2, 128, device=DEVICE))
+    layer = LoRALinear(base, R)
+    x = torch.randn(2, 128, device=DEVICE)
+    if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+        with pytest.raises(ValueError, match="packed anew for a CPU"):
+            layer(x)
+    else:
+        torch.testing.assert_close(layer(x), base(x), rtol=0.02, atol=0.02)
