@@ -210,33 +210,45 @@ def _bank(parts: list[tuple], device: torch.device) -> tuple:
     return a, b, bias, scale
 
 
-def mixed(layer, x: Tensor, names: list[str]) -> Tensor | None:
-    """Each sequence with the adapter that ``names`` gives it; None where no kernel can, or the library has an objection."""
-    batch = names if type(names) is MixedBatch else MixedBatch(names)
-    lora_A, use_dora = layer._modules["lora_A"]._modules, layer.use_dora
-    present = tuple(name for name in batch.unique if name in lora_A and name != "__base__")
-    frozen = frozen_layer(layer)
-    if len(x) != len(batch) or type(frozen) is str or not present or any(use_dora.get(name, False) for name in present):
+def _bank_options(layer, x: Tensor, weight: Tensor, batch: MixedBatch, present: tuple[str, ...]) -> dict | None:
+    """What lora_linear takes of the adapters ``present``; None where one call can't serve them."""
+    if any(layer.use_dora.get(name, False) for name in present):
         return None
     parts = [operands(layer, name) for name in present]
     if any(type(part) is str or part[4] != parts[0][4] or part[0].dtype is not parts[0][0].dtype for part in parts):
         return None  # one rate of dropout and one dtype serve a whole bank
-    if not all(_fits(x, frozen[0], part[0], part[3]) for part in parts):
+    if not all(_fits(x, weight, part[0], part[3]) for part in parts):
         return None
-    if len(batch.unique) == 1:
-        return _linear(layer, x, *frozen, present[0], parts[0])
+    a, b, lora_bias, scale = _bank(parts, x.device)
+    return {
+        "lora_a": a, "lora_b": b, "lora_bias": lora_bias, "scale": scale, "dropout_p": parts[0][4],
+        "adapter_ids": batch.ids(present, x.device), "backend": layer._fastadapt_backend,
+    }  # fmt: skip
+
+
+def mixed(layer, x: Tensor, names: list[str]) -> Tensor | None:
+    """Each sequence with the adapter that ``names`` gives it; None where no kernel can, or the library has an objection."""
+    batch, frozen = names if type(names) is MixedBatch else MixedBatch(names), frozen_layer(layer)
+    if len(x) != len(batch) or type(frozen) is str:
+        return None
     # Kept as long as the library's hooks are: for all steps of a generate, and not beyond, where a weight may change unseen.
     keeps = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    bank = batch.banks.get(layer) if keeps else None
-    if bank is None:
-        bank = _bank(parts, x.device)
+    options = batch.banks.get(layer) if keeps else None
+    if options is None:
+        lora_A = layer._modules["lora_A"]._modules
+        present = tuple(name for name in batch.unique if name in lora_A and name != "__base__")
+        if len(batch.unique) == 1 and present and not layer.use_dora.get(present[0], False):
+            part = operands(layer, present[0])
+            fits = type(part) is not str and _fits(x, frozen[0], part[0], part[3])
+            return _linear(layer, x, *frozen, present[0], part) if fits else None
+        options = _bank_options(layer, x, frozen[0], batch, present) if present else None
+        if options is None:
+            return None
         if keeps:
-            batch.banks[layer] = bank
-    a, b, lora_bias, scale = bank
-    return lora_linear(
-        x, *frozen, a, b, scale=scale, dropout_p=parts[0][4], lora_bias=lora_bias, adapter_ids=batch.ids(present, x.device),
-        backend=layer._fastadapt_backend,
-    )  # fmt: skip
+            batch.banks[layer] = options
+    elif not _fits(x, frozen[0], options["lora_a"], 1.0):
+        return None
+    return lora_linear(x, *frozen, **options)
 
 
 def embedded(layer, ids: Tensor) -> Tensor | None:
