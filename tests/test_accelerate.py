@@ -12,6 +12,7 @@ from fastadapt.ops import dropout
 
 from .accuracy import assert_within_reference_error
 from .test_nn import DEVICE, pooled
+from .test_peft_library import BASES, VOCAB, K, N, R
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 
@@ -20,13 +21,6 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 import fastadapt.integrations.peft as ours  # noqa: E402
 from fastadapt.integrations import peft_lora  # noqa: E402
 
-K, N, R, VOCAB = 40, 24, 6, 50
-BASES = {
-    "linear": lambda: nn.Linear(K, N),
-    "linear-no-bias": lambda: nn.Linear(K, N, bias=False),
-    "conv1d": lambda: Conv1D(N, K),
-    "embedding": lambda: nn.Embedding(VOCAB, N, padding_idx=3),
-}
 DORA, OTHER = {"use_dora": True}, {"r": 3, "lora_alpha": 2}
 # base, options of each adapter; all of them are active
 CASES = {
