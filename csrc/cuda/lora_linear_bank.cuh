@@ -52,8 +52,8 @@ struct RowTable {
     }
     __syncthreads();
   }
-  // The first step of ranks from `from` on, itself the beginning of one, of which a row of the tile has any; kNoRank if there
-  // is none.  All threads of a warp ask together.
+  // Where the step begins of the first rank, from `from` on, that a row of the tile has; kNoRank if there is none.  All threads
+  // of a warp ask together.
   __device__ __forceinline__ int next(const Bank& bank, int from) const {
     int found = kNoRank;
     for (int i = threadIdx.x % 32; i < ROWS; i += 32)
