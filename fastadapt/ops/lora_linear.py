@@ -310,7 +310,7 @@ def lora_linear(
     what they multiply to the dtype of ``x``: float32 parameters, ``scale * diagonal * u``; in backward ``gain * grad_y``, and
     the gradient of ``u``. On a CPU PyTorch's own product of ``x`` and ``weight`` (which copies rows that form no matrix) is
     added to the LoRA branch after that is rounded, and in backward to the branch's gradient of ``x``. The rows of ``y`` don't
-    depend on each other.
+    depend on each other; but in CUDA C++ a bank's adapter with weights that aren't finite may spoil rows of other adapters.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
