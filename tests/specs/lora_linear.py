@@ -339,7 +339,7 @@ SPEC = OpSpec(
     bench=(
         *(bench(m, k, n, r, p) for (k, n), r, m, p in itertools.product(SIZES, (8, 16, 64), (64, 512, 2048), (0.0, 0.1))),
         *(bench(m, d, d, 16, dora=True) for d, m in itertools.product((768, 2048), (64, 512, 2048))),
-        *(bench_bank(m, d) for d, m in itertools.product((768, 2048), (512, 2048))),
+        *(bench_bank(m, d) for d, m in itertools.product((768, 2048), (64, 512, 2048))),
     ),
     bench_cuda=(
         *(bench(m, k, n, r, p) for (k, n), r, m, p in itertools.product(LLAMA, (8, 16, 64), (512, 8192), (0.0, 0.1))),
