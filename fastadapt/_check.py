@@ -36,8 +36,9 @@ def same_device(name: str, value: Tensor, x: Tensor, like: str = "x") -> None:
         raise ValueError(f"{name} must be on {x.device} like {like}, got {value.device}")
 
 
-def adapter_ids(ids: Tensor, x: Tensor, g: int, values: bool = False) -> None:
-    """One id a sequence or one a token, each an adapter of the bank or -1; on a GPU ``values`` are read if asked for."""
+def adapter_ids(ids: Tensor, x: Tensor, g: int, values: bool = False, on_cpu: bool = True) -> None:
+    """One id a sequence or one a token, each an adapter of the bank or -1; ``values`` says to read them on a GPU, ``on_cpu``
+    on a CPU, where a kernel may do it itself."""
     tensor("adapter_ids", ids)
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"adapter_ids must be an integer tensor, got {ids.dtype}")
@@ -47,7 +48,7 @@ def adapter_ids(ids: Tensor, x: Tensor, g: int, values: bool = False) -> None:
             f"adapter_ids must be {sequences} (one a sequence) or {tokens} (one a token) to match x, got {tuple(ids.shape)}"
         )
     same_device("adapter_ids", ids, x)
-    looked_at = values or (ids.device.type == "cpu" and not torch.compiler.is_compiling())
+    looked_at = values or (on_cpu and ids.device.type == "cpu" and not torch.compiler.is_compiling())
     if looked_at and ids.device.type != "meta" and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < -1 or high >= g:

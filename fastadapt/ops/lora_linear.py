@@ -221,7 +221,8 @@ def check_adapter(like, name, n, k, lora_a, lora_b, scale, magnitude, diagonal, 
 
 
 def _check(
-    x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids
+    x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids,
+    reads_ids=True,
 ):  # fmt: skip
     check.activation_dtype("x", x)
     if x.dim() == 0:
@@ -256,7 +257,7 @@ def _check(
     g = lora_a.shape[:1] if bank else ()
     check.parameter("lora_bias", lora_bias, x, (*g, n), "(g, n)" if bank else "(n,)")
     if bank:
-        check.adapter_ids(adapter_ids, x, *g, check_ids)
+        check.adapter_ids(adapter_ids, x, *g, check_ids, reads_ids)
 
 
 def _autocast(x, weight, bias):
@@ -306,7 +307,8 @@ def lora_linear(
     Returns:
         ``(..., n)``, contiguous, dtype of ``x``; products accumulate in float32 (float64 for float64).
 
-    Rounding, with a 16-bit ``x``: the output and the gradients once, at their end. Matrix units (every GPU backend) also round
+    Rounding, with a 16-bit ``x``: the output and the gradients once, at their end; the gradient of ``magnitude`` comes from the
+    rounded output. Matrix units (every GPU backend) also round
     what they multiply to the dtype of ``x``: float32 parameters, ``scale * diagonal * u``; in backward ``gain * grad_y``, and
     the gradient of ``u``. On a CPU PyTorch's own product of ``x`` and ``weight`` (which copies rows that form no matrix) is
     added to the LoRA branch after that is rounded, and in backward to the branch's gradient of ``x``. The rows of ``y`` don't
@@ -328,9 +330,8 @@ def lora_linear(
     # The CPU kernel checks what it gets, and only if it refuses is looked for the argument to blame: small calls feel that.
     checked = compiling or not isinstance(x, Tensor) or not x.is_cpu or backend not in (None, "native")
     checked = checked or isinstance(scale, Tensor) or magnitude is not None or lora_bias is not None
-    checked = checked or adapter_ids is not None
     if checked:
-        _check(*given)
+        _check(*given, reads_ids=backend not in (None, "native"))
     if compiling or isinstance(scale, Tensor):
         # A number would be compiled in: one graph a value. The gradient of a tensor in 16 bits would round each of its terms.
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -355,7 +356,7 @@ def lora_linear(
             y = getattr(_fwd, name)(*args)[0]
         return y if lora_bias is None or adapter_ids is None else _add_lora_bias(y, lora_bias, given[5], adapter_ids)
     except Exception:
-        if checked:
+        if checked and adapter_ids is None:
             raise
         try:
             _check(*given)

@@ -239,13 +239,17 @@ def rounded(a, unit, points):
         shift = scale * a["lora_bias"] * (1.0 if gain is None else gain)
     if a["bias"] is not None:
         shift = shift + a["bias"]
+    def times_gain(y):  # whose gradient comes from the output, as it is rounded
+        kept = points.value(y * gain + shift)
+        return (y + ((kept - shift) / gain - y).detach()) * gain + shift
+
     if unit == "matrix":
         y = gradient(frozen + branch)
-        y = y + shift if gain is None else y * gain + shift
+        y = y + shift if gain is None else times_gain(y)
     elif gain is None:  # on a CPU a library adds the frozen product to what is rounded already
         y = points.value(branch + shift) + frozen
     else:
-        y = points.value(points.value(branch) + points.gradient(frozen)) * gain + shift
+        y = times_gain(points.value(points.value(branch) + points.gradient(frozen)))
     y = y if after is None else points.value(y) + after
     return y.view(*shape[:-1], weight.shape[0])
 
