@@ -240,8 +240,8 @@ def rounded(a, unit, points):
     if a["bias"] is not None:
         shift = shift + a["bias"]
     def times_gain(y):  # whose gradient comes from the output, as it is rounded
-        kept = points.value(y * gain + shift)
-        return (y + ((kept - shift) / gain - y).detach()) * gain + shift
+        kept = (points.value(y * gain + shift) - shift) / gain
+        return y * gain.detach() + kept.detach() * (gain - gain.detach()) + shift
 
     if unit == "matrix":
         y = gradient(frozen + branch)
