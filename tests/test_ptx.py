@@ -31,7 +31,7 @@ ARCHITECTURES = (80, 90)
 PLANS = (1, 64)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cuda_devices():
     return {}
 
