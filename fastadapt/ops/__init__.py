@@ -1,5 +1,10 @@
 from .bottleneck import bottleneck, bottleneck_reference
+from .compacter import compacter, compacter_reference
+from .kron_linear import kron_linear, kron_linear_reference
 from .lora_linear import lora_linear, lora_linear_reference
 from .lora_merge import lora_merge
 
-__all__ = ["bottleneck", "bottleneck_reference", "lora_linear", "lora_linear_reference", "lora_merge"]
+__all__ = [
+    "bottleneck", "bottleneck_reference", "compacter", "compacter_reference", "kron_linear", "kron_linear_reference",
+    "lora_linear", "lora_linear_reference", "lora_merge",
+]  # fmt: skip
