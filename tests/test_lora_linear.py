@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from fastadapt.ops.lora_linear import _bwd, _fwd, row_norms
 
 from . import numerics
 from .accuracy import assert_within_reference_error
-from .battery import BACKENDS, DEVICE, run
+from .battery import BACKENDS, DEVICE, check, run
+from .layouts import LAYOUTS
 from .specs.lora_linear import SPEC, make
 
 KERNELS = [b for b in BACKENDS if (b, DEVICE) in _fwd.available]
@@ -189,6 +191,12 @@ def test_a_quantised_weight_is_dense_for_one_call_at_a_time(backend):
 def bank_call(ids, g=3, **options):
     """A bank with ids of its rows, small enough for its rows to stay unsorted."""
     return make(torch.float32, DEVICE, shape=(len(ids), 33), n=24, r=5, g=g, ids=ids, scale="each", **options)
+
+
+@backends
+def test_the_gradient_of_a_banks_bias_is_no_chain_of_float32_sums(backend):
+    make_long = partial(make, torch.float32, DEVICE, shape=(2048, 3), n=5, r=1, g=2, ids=[0] * 2048, lora_bias=True)
+    check(SPEC, backend, make_long, {"lora_bias"}, lambda name, t: LAYOUTS["expanded"](t) if name == "grad_y" else t)
 
 
 @pytest.mark.parametrize("g", [3, 60])  # rows as they come, or sorted

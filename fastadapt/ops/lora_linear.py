@@ -188,11 +188,13 @@ def _arguments(
 
 
 def _add_lora_bias(y, lora_bias, scale, adapter_ids):
-    """``y`` plus ``scale * lora_bias`` of each row's own adapter. A look-up, since its gradient is summed in a fixed order."""
-    table = lora_bias.to(torch.promote_types(y.dtype, torch.float32))
+    """``y`` plus ``scale * lora_bias`` of each row's own adapter. A look-up, since its gradient is summed in a fixed order; in
+    float64, since that sum is one chain as long as the batch."""
+    table = lora_bias.double()
     table = F.pad((scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale) * table, (0, 0, 0, 1))
     ids = adapter_ids.long()
     rows = F.embedding(torch.where(ids < 0, len(lora_bias), ids.clamp(max=len(lora_bias))), table)
+    rows = rows.to(torch.promote_types(y.dtype, torch.float32))
     return (y + rows.view(ids.shape + (1,) * (y.dim() - 1 - ids.dim()) + rows.shape[-1:])).to(y.dtype)
 
 
