@@ -195,6 +195,24 @@ def rounded(a, unit, points):
     return flat(compacter_reference)(**a)
 
 
+def ordered(x, down_a, down_s, down_t, up_a, up_s, up_t, *, down_bias=None, up_bias=None, residual=None, scale=1.0,
+            activation="gelu", adapter_ids=None):  # fmt: skip
+    """The formula through the numbers of rank space; a bank's factors are taken for each row."""
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    ids = torch.zeros((), dtype=torch.int64, device=x.device) if adapter_ids is None else adapter_ids
+    ids = ids.reshape(ids.shape + (1,) * (len(shape) - 1 - ids.dim())).expand(shape[:-1]).flatten()
+    mine = lambda t: (t[None] if adapter_ids is None else t)[ids.clamp(min=0)].to(x.dtype)  # noqa: E731
+
+    def phm(x, a, s, t, bias):
+        z = torch.einsum("map,mipk->maik", x.unflatten(1, (a.shape[-1], -1)), mine(s))
+        y = torch.einsum("mbik,mikj->mbj", torch.einsum("maik,miab->mbik", z, mine(a)), mine(t)).flatten(1)
+        return y if bias is None else y + mine(bias)
+
+    y = scale * phm(ACTIVATIONS[activation](phm(x, down_a, down_s, down_t, down_bias)), up_a, up_s, up_t, up_bias)
+    y = torch.where((ids >= 0)[:, None], y, 0.0).view(shape)
+    return y if residual is None else residual + y
+
+
 def fuzz(draw, st):
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     leading = pick((0,), (1,), (2,), (3, 5), (16,), (17,), (2, 3, 5), (33,), (64,), (5, 19), (130,))
@@ -229,6 +247,7 @@ NUMERICS = Numerics(
         case("many-terms", shape=(40, 96), r=48, n=12, q=2),
     ),
     fuzz=fuzz,
+    ordered=ordered,
 )
 
 SPEC = OpSpec(

@@ -139,6 +139,15 @@ def rounded(a, unit, points):
     return flat(kron_linear_reference)(**a)
 
 
+def ordered(x, a, s, t, *, bias=None, residual=None, scale=1.0):
+    """The formula through the numbers of rank space."""
+    a, s, t = (factor.to(x.dtype) for factor in (a, s, t))
+    z = torch.einsum("...ap,ipk->...aik", x.unflatten(-1, (a.shape[1], -1)), s)
+    y = scale * torch.einsum("...bik,ikj->...bj", torch.einsum("...aik,iab->...bik", z, a), t).flatten(-2)
+    y = y if bias is None else y + bias.to(x.dtype)
+    return y if residual is None else residual + y
+
+
 def fuzz(draw, st):
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     small, wide = (1, 2, 3, 4, 7, 8, 16), (1, 2, 7, 8, 16, 17, 33, 64)
@@ -161,6 +170,7 @@ NUMERICS = Numerics(
         case("few-rows", leading=(5,), a=(8, 8), b=(96, 96), q=8),
     ),
     fuzz=fuzz,
+    ordered=ordered,
 )
 
 SQUARES = (((8, 8), (96, 96), 8), ((16, 16), (48, 48), 4), ((8, 8), (512, 512), 16), ((4, 4), (1024, 1024), 32))
