@@ -16,9 +16,16 @@ def kron_sum(a: Tensor, b: Tensor) -> Tensor:
     return products.sum(0).reshape(a.shape[1] * b.shape[1], a.shape[2] * b.shape[2])
 
 
-def rule(a: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """``a`` itself, or the product of its two factors."""
-    return a if isinstance(a, Tensor) else a[0] @ a[1]
+def product(name: str, factor: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """``factor`` itself, or the product of the two that it is given as."""
+    if isinstance(factor, Tensor):
+        return factor
+    if not isinstance(factor, (tuple, list)) or [isinstance(t, Tensor) for t in factor] != [True, True]:
+        raise TypeError(f"{name} must be a tensor or a pair of tensors, got {type(factor).__name__}")
+    left, right = factor
+    if left.dim() < 2 or left.shape[:-2] != right.shape[:-2] or left.shape[-1:] != right.shape[-2:-1]:
+        raise ValueError(f"{name} must be a pair (n, i, p) and (n, p, j), got {tuple(left.shape)} and {tuple(right.shape)}")
+    return left @ right
 
 
 def compacter_reference(
@@ -37,7 +44,7 @@ def compacter_reference(
     def adapter(x, down, up, down_bias, up_bias):
         return scale * phm(ACTIVATIONS[activation](phm(x, down, down_bias)), up, up_bias)
 
-    down, up = ((rule(a), s, t) for a, s, t in (down, up))
+    down, up = ((product("a", a), s, t) for a, s, t in (down, up))
     if adapter_ids is None:
         y = adapter(x, down, up, down_bias, up_bias)
         return y if residual is None else residual + y
@@ -147,10 +154,10 @@ def _arguments(x, down, up, down_bias, up_bias, residual, scale, activation, ada
             raise TypeError(f"{name} must be three factors (a, s, t), got {got}")
     add_x = residual is x
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    return (
-        x, rule(down[0]), *down[1:], rule(up[0]), *up[1:], down_bias, up_bias, None if add_x else residual, add_x, scale,
-        scale_value, _CODES[activation], adapter_ids,
-    )  # fmt: skip
+    down, up = ((product(f"{name}[0]", a), s, t) for name, (a, s, t) in (("down", down), ("up", up)))
+    residual = None if add_x else residual
+    code = _CODES[activation]
+    return x, *down, *up, down_bias, up_bias, residual, add_x, scale, scale_value, code, adapter_ids
 
 
 def _check(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad
-from .compacter import kron_sum, rule
+from .compacter import kron_sum, product
 
 
 def kron_linear_reference(
@@ -14,7 +14,7 @@ def kron_linear_reference(
 ) -> Tensor:  # fmt: skip
     """The specification of :func:`kron_linear` in plain PyTorch, computed in the dtype of ``x``."""
     cast = lambda t: t.to(x.dtype)  # noqa: E731
-    y = (cast(scale) if isinstance(scale, Tensor) else scale) * (x @ kron_sum(cast(rule(a)), cast(rule(b))))
+    y = (cast(scale) if isinstance(scale, Tensor) else scale) * (x @ kron_sum(cast(product("a", a)), cast(product("b", b))))
     y = y if bias is None else y + cast(bias)
     return y if residual is None else residual + y
 
@@ -142,7 +142,9 @@ class KronLinear(torch.autograd.Function):
 
 def _arguments(x, a, b, bias, residual, scale):
     """The arguments of the forward leaf: a scale that is a tensor goes into ``a``; ``t`` is None for a dense ``b``."""
-    a, (s, t) = rule(a), (b, None) if isinstance(b, Tensor) else b
+    if not isinstance(b, Tensor) and (not isinstance(b, (tuple, list)) or len(b) != 2):
+        raise TypeError(f"b must be a tensor or two factors (s, t), got {type(b).__name__}")
+    a, (s, t) = product("a", a), (b, None) if isinstance(b, Tensor) else b
     if isinstance(scale, Tensor):
         a, scale = scale * a, 1.0
     return x, a, s, t, bias, residual, scale
