@@ -5,34 +5,39 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
-# The tests run in three processes, two at a time, each on one core: what compiles, simulates or emulates the kernels for
-# GPUs; all other tests; and in the strict interpreter the battery, the tests of each op and those of the interpreter.
+# The tests run in four processes, two at a time, each on one core: what compiles or simulates Triton's kernels and simulates
+# nvcc's; what compiles or emulates those in C++; in the strict interpreter the battery, the tests of each op and those of the
+# interpreter; and all other tests. The longest begin first.
 OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
-GPULESS := $(wildcard tests/test_cuda*.py tests/test_cpu*.py tests/test_ptx.py tests/test_triton*.py tests/test_mutants.py)
+COMPILED := $(wildcard tests/test_triton*.py tests/test_ptx.py)
+EMULATED := $(wildcard tests/test_cuda*.py tests/test_cpu*.py tests/test_mutants.py)
 INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%*.py) tests/test_strict_interpreter*.py)
+PROCESSES := test-compiled test-emulated test-interpreted test-others
 MARKS := not slow
 
 # Targets that begin with test- expect that all is set up.
-.PHONY: demo test test-gpuless test-others test-interpreted verify mutants lint bench gpu budgets clean
+.PHONY: demo test $(PROCESSES) verify mutants lint bench gpu budgets clean
 
 demo: $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
 
 test: lint $(VENV)/.native
-	$(MAKE) --jobs=2 --keep-going --output-sync=target test-gpuless test-others test-interpreted
+	$(MAKE) --jobs=2 --keep-going --output-sync=target $(PROCESSES)
 
 # Every proof that needs no GPU, the long ones too.
 verify: lint $(VENV)/.native
-	$(MAKE) --jobs=2 --keep-going --output-sync=target "MARKS=slow or not slow" test-gpuless test-others test-interpreted
+	$(MAKE) --jobs=2 --keep-going --output-sync=target "MARKS=slow or not slow" $(PROCESSES)
 	$(MAKE) mutants
 
-test-gpuless test-others test-interpreted: export OMP_NUM_THREADS = 1
-test-gpuless:
-	python -m pytest $(GPULESS) -m "$(MARKS)"
-test-others:
-	python -m pytest tests $(GPULESS:%=--ignore=%) -m "$(MARKS)"
+$(PROCESSES): export OMP_NUM_THREADS = 1
+test-compiled:
+	python -m pytest $(COMPILED) -m "$(MARKS)"
+test-emulated:
+	python -m pytest $(EMULATED) -m "$(MARKS)"
 test-interpreted:
 	TRITON_INTERPRET=1 python -m pytest $(INTERPRETED) -m "$(MARKS)"
+test-others:
+	python -m pytest tests $(COMPILED:%=--ignore=%) $(EMULATED:%=--ignore=%) -m "$(MARKS)"
 
 # Plants errors in the kernels; fails if a check doesn't see one.
 mutants: $(VENV)/.test,demo,peers $(VENV)/.native
