@@ -134,6 +134,13 @@ class Reader {
     return {t.const_data_ptr(), first ? strides[0] : 0, strides[first], strides[first + 1]};
   }
 
+  // (terms, rows, columns), or (g, terms, rows, columns) where the call has a bank.
+  Factor factor(const char* name, const Tensor& t, int64_t terms, int64_t rows, int64_t columns) const {
+    check(name, t, true, {terms, rows, columns});
+    const auto strides = t.strides();
+    return {t.const_data_ptr(), bank ? strides[0] : 0, strides[bank], strides[bank + 1], strides[bank + 2]};
+  }
+
   // The adapter of every row, from one id a sequence or one a token.
   std::vector<int64_t> adapters(const Tensor& ids) const {
     const auto sizes = ids.sizes(), leading = x.sizes();

@@ -17,6 +17,12 @@ struct Weight {
   int64_t stride_g = 0, stride_0 = 0, stride_1 = 0;
 };
 
+// Element (adapter, i, j, k) is at data[adapter * stride_g + i * stride_0 + j * stride_1 + k * stride_2].
+struct Factor {
+  const void* data = nullptr;
+  int64_t stride_g = 0, stride_0 = 0, stride_1 = 0, stride_2 = 0;
+};
+
 // A vector in the dtype of x, or in float32; a stride of 0 repeats a scalar.
 struct Parameter {
   const void* data = nullptr;

@@ -15,6 +15,9 @@ TARGETS = {
     "amx": ("avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "amx_tile", "amx_bf16")),
 }
 
+# Units of several ops, by the first word of their file names.
+SHARED = {"kron": {"compacter", "kron_linear"}}
+
 
 def ops() -> list[str]:
     return [name for name in SPECS if (CPU / f"{name}.cpp").exists()]
@@ -28,11 +31,16 @@ def missing(target: str) -> str:
     return f"this processor has no {', '.join(lacking)}" if lacking else ""
 
 
+def owners(path: Path) -> set[str]:
+    """The ops that a source belongs to; all of them, if its name says nothing."""
+    names = [op for op in SPECS if f"{path.stem}_".startswith(f"{op}_")]
+    return {max(names, key=len)} if names else SHARED.get(path.stem.partition("_")[0], set(SPECS))
+
+
 def units(op: str, target: str) -> list[Path]:
     """The sources of ``op`` and those of no op, without the units of other targets."""
-    owner = lambda path: max((o for o in SPECS if f"{path.stem}_".startswith(f"{o}_")), key=len, default=op)  # noqa: E731
     others = {suffix for suffix, _ in TARGETS.values()} - {TARGETS[target][0]}
-    return [p for p in sorted(CPU.glob("*.cpp")) if owner(p) == op and p.stem.rpartition("_")[2] not in others]
+    return [p for p in sorted(CPU.glob("*.cpp")) if op in owners(p) and p.stem.rpartition("_")[2] not in others]
 
 
 def program(op: str, sanitizer: str, target: str, edited: Path | None = None) -> Program:
