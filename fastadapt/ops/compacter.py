@@ -79,11 +79,20 @@ def _bwd_fake(
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(inputs, output_mask))
 
 
+_MAX_TRITON = 512, 64  # r and n * q: the hidden layer and the ranks of a chunk must fit the registers
+
+
 def _unsupported(backend, args):
-    x = args[0]
+    x, _, down_s, down_t = args[:4]
     if backend == "native" and x.is_cpu:
         return None
-    return "does not support float64" if x.dtype == torch.float64 else None
+    if x.dtype == torch.float64:
+        return "does not support float64"
+    if backend == "triton" and all(isinstance(t, Tensor) and t.dim() > 2 for t in (down_s, down_t)):
+        n, q, chunk = down_s.shape[-3], down_s.shape[-1], down_t.shape[-1]
+        if n * chunk > _MAX_TRITON[0] or n * q > _MAX_TRITON[1]:
+            return f"supports r up to {_MAX_TRITON[0]} and n * q up to {_MAX_TRITON[1]}, got {n * chunk} and {n * q}"
+    return None
 
 
 # One call computes y.  ``add_x`` stands for a residual that is x itself, so that x is read once; ``scale_value`` is used

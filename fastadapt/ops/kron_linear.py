@@ -81,6 +81,9 @@ def _bwd_fake(grad_y, x, a, s, t, bias, scale, output_mask):
     return tuple(i.new_empty(i.shape) if wanted else x.new_empty(0) for i, wanted in zip(inputs, output_mask))
 
 
+_MAX_TRITON = 128  # terms * q: the ranks of a chunk must fit the registers
+
+
 def _unsupported(backend, args):
     x, a, s, t = args[:4]
     if t is None:
@@ -88,7 +91,11 @@ def _unsupported(backend, args):
         return f"computes b = (s, t); a dense b takes PyTorch's own products{order}"
     if backend == "native" and x.is_cpu:
         return None
-    return "does not support float64" if x.dtype == torch.float64 else None
+    if x.dtype == torch.float64:
+        return "does not support float64"
+    if backend == "triton" and isinstance(s, Tensor) and s.dim() == 3 and s.shape[0] * s.shape[2] > _MAX_TRITON:
+        return f"supports terms * q up to {_MAX_TRITON}, got {s.shape[0] * s.shape[2]}"
+    return None
 
 
 # One call computes y from ``b = s @ t``. The gradients of ``_bwd`` come in the order of ``output_mask``: x, a, s, t, bias;

@@ -184,7 +184,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 COMPILED = (
     compiled(BF16, (4096, 768), 24, quick=(90,)),
     compiled(FP32, (4096, 1024), 32, **EVERYTHING, quick=(80,)),
-    compiled(FP16, (4096, 4096), 128, parameters=FP32, q=2),
+    compiled(FP16, (4096, 4096), 512, parameters=FP32, q=2),
+    compiled(FP32, (4096, 1024), 512),
     compiled(BF16, (4096, 768), 24, g=5, ids=[0] * 4096, name="bank"),
     compiled(FP16, (17, 66), 12, n=3, aligned=False, name="odd"),
 )
@@ -271,8 +272,9 @@ SPEC = OpSpec(
         (case("adapters", shape=(40, 40), r=8, g=65535, ids=[0, 65534] * 20), (*FACTORS, *BIASES)),
     ),
     tiled=(
-        *(case(f"n{n}-q{q}", shape=(67, 132), r=3 * n, n=n, q=q, **EVERYTHING) for n, q in ((4, 1), (4, 2), (2, 3), (12, 1))),
-        case("bank", shape=(67, 132), r=24, g=3, ids=[2, -1, 0, *[2] * 64], **EVERYTHING),
+        case("narrow", shape=(37, 140), r=12, q=2, **EVERYTHING),
+        case("wide", shape=(18, 102), r=66, n=3, **EVERYTHING),
+        case("bank", shape=(37, 132), r=24, g=3, ids=[2, -1, 0, *[2] * 34], **EVERYTHING),
     ),
     planted=(
         case("looped", shape=(1100, 200), r=20, **EVERYTHING),

@@ -130,6 +130,8 @@ COMPILED = (
     compiled(BF16, "square-r16", leading=(4096,), a=(8, 8), b=(512, 512), q=16, quick=(90,)),
     compiled(FP32, "square-r4", leading=(4096,), a=(16, 16), b=(48, 48), q=4, quick=(80,)),
     compiled(FP16, "long-r32", leading=(4096,), a=(4, 16), b=(1024, 256), q=32, parameters=FP32, residual=False),
+    compiled(FP16, "wide-r128", leading=(4096,), a=(4, 4), b=(256, 256), q=128),
+    compiled(FP32, "wide-r128", leading=(4096,), a=(4, 4), b=(256, 256), q=128),
     compiled(BF16, "odd", leading=(17,), a=(5, 3), b=(13, 17), q=3, aligned=False, **EVERYTHING),
 )
 
@@ -191,7 +193,10 @@ SPEC = OpSpec(
     compiled=COMPILED,
     huge=(case("rows", leading=(2**22 + 5,), a=(4, 4), b=(130, 130), q=2, **EVERYTHING),),
     many=((case("rows", leading=(2**22 + 5,), a=(2, 2), b=(1, 1), q=1), ("x",)),),
-    tiled=(case("tiles", leading=(67,), a=(4, 3), b=(131, 70), q=5, **EVERYTHING),),
+    tiled=(
+        case("few", leading=(37,), a=(4, 3), b=(35, 70), q=5, **EVERYTHING),
+        case("many", leading=(18,), a=(3, 5), b=(33, 18), q=17, **EVERYTHING),
+    ),
     planted=(case("looped", leading=(1100,), a=(4, 3), b=(50, 70), q=5, **EVERYTHING),),
     large=lambda elements: case("large", leading=(elements // 1024 + 2048,), a=(4, 4), b=(256, 256), q=2, **EVERYTHING),
 )
