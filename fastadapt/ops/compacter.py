@@ -17,8 +17,8 @@ def kron_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rule(a: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """``a`` itself, or the product of its two factors."""
-    return a if isinstance(a, Tensor) else a[0] @ a[1]
+    """``a`` itself, or the product of its two factors: element by element, which autocast leaves in its dtype."""
+    return a if isinstance(a, Tensor) else (a[0].unsqueeze(-1) * a[1].unsqueeze(-3)).sum(-2, dtype=a[0].dtype)
 
 
 def compacter_reference(
