@@ -221,7 +221,7 @@ def test_hooks_that_come_later_are_respected(calls):  # noqa: F811
     drawn = batch()
     before = fast(**drawn).logits
     for layer in layers(fast).values():
-        for part in (layer.adapter_up, layer.adapter_down, layer.adapter_down[0], layer.non_linearity):
+        for part in (layer.adapter_up, layer.adapter_down, layer.adapter_down[0], layer.non_linearity, layer.non_linearity.f):
             handle = part.register_forward_hook(lambda module, args, y: 2 * y + 1)
             assert not torch.allclose(fast(**drawn).logits, before)
             handle.remove()

@@ -40,7 +40,7 @@ def refused(layer) -> str | None:
         return f"{', '.join(kind.__name__ for kind in kinds)} in it"
     if type(down) is not nn.Linear and type(down) is not PHMLayer:
         return f"{type(down).__name__} in it"
-    if any(map(_hooked, (sequence, *norm, down, activation, up, modules["dropout"]))):
+    if any(map(_hooked, (sequence, *norm, down, activation, activation.f, up, modules["dropout"]))):
         return "hooks in it"
     return None
 
@@ -86,45 +86,44 @@ def _factors(layer: PHMLayer) -> tuple:
     return a, own_or_shared(layer.shared_W_phm, layer.factorized_phm_W, "W", f"W_{layer.position}")
 
 
-def _matrix(a, b) -> Tensor:
-    """A PHM layer as the weight of a linear one."""
-    with without_autocast(b if isinstance(b, Tensor) else b[0]):
-        return kron_sum(rule(a), rule(b)).T
+def _projections(down, up) -> tuple:
+    """The op for the two layers, its weights and biases, and the dtype of these."""
+    if type(down) is nn.Linear:
+        return bottleneck, (down.weight, up.weight), (down.bias, up.bias), down.weight.dtype
+    factors = _factors(down), _factors(up)
+    if down.factorized_phm_W:
+        return compacter, [(a, *b) for a, b in factors], (down.b, up.b), factors[0][1][0].dtype
+    with without_autocast(factors[0][1]):
+        matrices = [kron_sum(rule(a), b).T for a, b in factors]
+    return bottleneck, matrices, (down.b, up.b), matrices[0].dtype
 
 
-def adapted(layer, x: Tensor, residual: Tensor | None, alone: bool) -> tuple[Tensor, Tensor | None] | None:
-    """``residual + up`` and ``up``, which is None where it stays on the chip; None where dtypes are not those of the kernels.
+def adapted(layer, x: Tensor, residual: Tensor | None, one_pass: bool) -> tuple[Tensor, Tensor | None] | None:
+    """``residual + up`` and ``up``; None where dtypes are not those of the kernels.
 
-    What is ``alone``, and needs no product that the kernel lacks, is one pass.
+    With ``one_pass``, and where the kernel can add ``residual`` in its own pass, ``up`` is never made, and None.
     """
     *norm, down, activation = layer._modules["adapter_down"]._modules.values()
-    up, scale, factor = layer._modules["adapter_up"], layer.scaling, None
+    op, weights, (down_bias, up_bias), own_dtype = _projections(down, layer._modules["adapter_up"])
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    options = {"activation": ACTIVATIONS[type(activation.f).__name__], "backend": layer._fastadapt_backend}
-    if type(down) is PHMLayer:
-        factors, low_rank = (_factors(down), _factors(up)), down.factorized_phm_W
-        weights = [(a, *b) for a, b in factors] if low_rank else [_matrix(*pair) for pair in factors]
-        options |= {"down_bias": down.b, "up_bias": up.b}
-        weight = (down.W_left if low_rank else down.W) if not down.shared_W_phm else factors[0][1][0]
-    else:
-        weight, low_rank = down.weight, False
-        weights, options = (weight, up.weight), options | {"down_bias": down.bias, "up_bias": up.bias}
-    if weight.dtype is not dtype and not (weight.dtype is torch.float32 and dtype in _NARROW):
+    if own_dtype is not dtype and not (own_dtype is torch.float32 and dtype in _NARROW):
         return None
-    if norm and low_rank:
+    options, hidden = {}, x
+    if norm and op is compacter:
         hidden = norm[0](x)
-    else:
-        hidden = x
-        if norm:
-            options |= {"norm_weight": norm[0].weight, "norm_bias": norm[0].bias, "norm_eps": norm[0].eps}
+    elif norm:
+        options = {"norm_weight": norm[0].weight, "norm_bias": norm[0].bias, "norm_eps": norm[0].eps}
+    scale, factor = layer.scaling, None
     if isinstance(scale, Tensor):
-        if scale.dtype is not dtype or (low_rank and scale.numel() > 1):  # another dtype makes the output the wider of the two
+        if scale.dtype is not dtype or (op is compacter and scale.numel() > 1):  # another dtype is that of the output, if wider
             scale, factor = 1.0, scale
         elif scale.numel() == 1:
             scale = scale.view(())
-    added = residual if alone and factor is None and residual is not None and residual.dtype is dtype else None
-    op = compacter if low_rank else bottleneck
-    y = op(hidden.to(dtype), *weights, residual=added, scale=scale, **options)
+    added = residual if one_pass and factor is None and residual is not None and residual.dtype is dtype else None
+    y = op(
+        hidden.to(dtype), *weights, down_bias=down_bias, up_bias=up_bias, residual=added, scale=scale,
+        activation=ACTIVATIONS[type(activation.f).__name__], backend=layer._fastadapt_backend, **options,
+    )  # fmt: skip
     if added is not None:
         return y, None
     y = y if factor is None else y * factor
