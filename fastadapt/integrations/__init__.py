@@ -15,7 +15,8 @@ from torch import nn
 
 from .._leaf import BACKENDS
 
-_LIBRARIES = ("peft",)
+# Each library by the module of it that has loaded when a model can hold its layers.
+_LIBRARIES = {"peft": "peft", "adapters": "adapters.methods.modeling"}
 
 
 class Row(NamedTuple):
@@ -52,19 +53,19 @@ class Report:
 
 def _integrations():
     """The modules for those libraries that are loaded: a model can hold layers of no other."""
-    return [import_module(f".{name}", __name__) for name in _LIBRARIES if name in sys.modules]
+    return [import_module(f".{name}", __name__) for name, loaded in _LIBRARIES.items() if loaded in sys.modules]
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Let the adapter layers of a live model of ``peft`` run on the kernels here.
+    """Let the adapter layers of a live model of ``peft`` or ``adapters`` run on the kernels here.
 
     Only the classes of the layers change, to subclasses with another ``forward``: no tensor is copied, and parameters,
-    ``state_dict``, ``save_pretrained``, ``isinstance``, merging, hot-swapping, switching, adding and deleting adapters stay the
+    ``state_dict``, saving and loading, ``isinstance``, merging, hot-swapping, switching, adding and deleting adapters stay the
     library's own. Whatever a layer is asked for that no kernel computes goes through the library's own ``forward``. A second
     call looks for layers that were added since, and changes nothing else but ``backend``.
 
     Args:
-        model: a ``PeftModel``, or any module that contains layers of the library.
+        model: a ``PeftModel``, a model after ``adapters.init``, or any module that contains layers of one of the libraries.
         backend: as in :func:`fastadapt.lora_linear`, for every layer.
 
     Returns:
@@ -81,7 +82,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
     report = Report(tuple(row for integration in integrations for row in integration.accelerate(model, backend)))
     if not report.accelerated:
         sought = "; ".join(integration.LAYERS for integration in integrations)
-        sought = sought or f"layers of {' or '.join(_LIBRARIES)}, which is not loaded"
+        sought = sought or f"layers of {' or '.join(_LIBRARIES)}, none of which is loaded"
         found = f"only\n{report}" if report.rows else "none"
         raise ValueError(f"model must contain what can be accelerated ({sought}), got {found}")
     return report

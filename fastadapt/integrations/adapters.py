@@ -1,107 +1,143 @@
-"""Bottleneck adapters of the library ``adapters`` as :class:`fastadapt.nn.BottleneckAdapter`."""
+"""Bottleneck adapters of the library ``adapters``, Compacter among them: in place, or as modules of fastadapt and back."""
+
+import warnings
+from pathlib import Path
 
 import torch
+from adapters.methods import modeling
+from adapters.methods.adapter_layer_base import AdapterLayerBase
+from adapters.methods.bottleneck import BottleneckLayer
+from adapters.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
-from ..nn import BottleneckAdapter
+from . import Row
+from .adapters_bottleneck import adapted, alone, draws, random, refused
+from .adapters_modules import from_adapters, shared_rule, to_adapters
+
+__all__ = ["LAYERS", "accelerate", "from_adapters", "restore", "save_adapter", "shared_rule", "to_adapters"]
+
+LAYERS = "bottleneck and Compacter adapters of adapters"
 
 
-def _activation(function) -> str:
-    """Our name of an activation module of ``transformers``."""
-    name = type(function).__name__
-    names = {
-        "ReLU": "relu",
-        "NewGELUActivation": "gelu_tanh",
-        "SiLU": "silu",
-        "SiLUActivation": "silu",
-        "Tanh": "tanh",
-        "LinearActivation": "identity",
-        "Identity": "identity",
-        "GELUActivation": "gelu",
-        "GELUTanh": "gelu_tanh",
-        "PytorchGELUTanh": "gelu_tanh",
-    }
-    if name not in names:
-        raise ValueError(f"module must have an activation among {tuple(names)}, got {name}")
-    return names[name]
+class _Fused:
+    """What comes before the library's class.
 
-
-def _refuse_unsupported(module) -> None:
-    """Raise for what a BottleneckAdapter can't compute."""
-    from adapters.methods.modeling import Adapter
-
-    if not isinstance(module, Adapter):
-        raise TypeError(f"module must be an adapters.methods.modeling.Adapter, got {type(module).__name__}")
-    if not isinstance(module.adapter_up, nn.Linear):
-        raise ValueError(f"module must have linear projections, got {type(module.adapter_up).__name__} (phm_layer=True)")
-    for option, value in (("ln_after", module.add_layer_norm_after), ("use_gating", module.use_gating)):
-        if value:
-            raise ValueError(f"module must have {option}=False, got {value}")
-    depth = module.DropPath.p if hasattr(module, "DropPath") else 0.0
-    for option, p in (("dropout", module.dropout.p), ("stochastic_depth", depth)):
-        if p and module.training:
-            raise ValueError(f"module must have {option}=0.0 in training mode, got {p}")
-
-
-@torch.no_grad()
-def _copy(module, adapter: BottleneckAdapter, back: bool = False) -> None:
-    """Copy values and ``requires_grad`` from ``module`` to ``adapter``, or back."""
-    norm = module.adapter_norm_before if module.add_layer_norm_before else None
-    down = module.adapter_down[1 if norm is not None else 0]
-    pairs = [(down, adapter.down), (module.adapter_up, adapter.up)] + ([] if norm is None else [(norm, adapter.norm)])
-    pairs = [(getattr(t, name), getattr(o, name)) for t, o in pairs for name in ("weight", "bias")]
-    if isinstance(module.scaling, Tensor):
-        pairs.append((module.scaling, adapter.scale))
-    for theirs, ours in pairs:
-        source, target = (ours, theirs) if back else (theirs, ours)
-        if source.shape != target.shape:
-            raise ValueError(f"adapter must match the shapes of module, got {tuple(ours.shape)} for {tuple(theirs.shape)}")
-        target.copy_(source)
-        target.requires_grad_(source.requires_grad)
-
-
-def from_adapters(module) -> BottleneckAdapter:
-    """Build a :class:`fastadapt.nn.BottleneckAdapter` with the weights of a bottleneck adapter of ``adapters``.
-
-    ``module(x, residual_input)[0]`` equals ``from_adapters(module)(x, residual_input)``. Where the library's own wiring passes
-    ``x`` itself as ``residual_input`` (DoubleSeqBnConfig, AdapterPlusConfig), the new adapter has ``residual=True`` and needs
-    no second argument. Otherwise it has ``residual=False``: SeqBnConfig feeds it the normalised sum and adds the sublayer's
-    output, ParBnConfig feeds it the sublayer's input and adds the sublayer's output; pass that as ``residual``.
-
-    Args:
-        module: an ``adapters.methods.modeling.Adapter`` or ``ParallelAdapter``, as found in a model under
-            ``...adapters[name]``. Gating, a LayerNorm after the adapter and PHM layers are not supported; dropout and
-            stochastic depth only in evaluation mode, where they do nothing.
-
-    Returns:
-        A new module on the same device and in the same dtype; values and ``requires_grad`` are copied.
+    The library asks for three things, the output, ``down`` and ``up``. It never reads ``down``; ``up`` it reads in
+    compositions, and there it is computed. What isn't computed is None.
     """
-    _refuse_unsupported(module)
-    from adapters.methods.modeling import ParallelAdapter
 
-    up, scale = module.adapter_up, module.scaling
-    if isinstance(scale, Tensor):
-        scale = "learned" if scale.numel() == 1 else "channel"
-    own_residual = not module.original_ln_before or not module.residual_before_ln
-    adapter = BottleneckAdapter(
-        up.out_features, up.in_features, activation=_activation(module.non_linearity.f),
-        norm="pre" if module.add_layer_norm_before else None, scale=scale,
-        residual=own_residual and not isinstance(module, ParallelAdapter),
-        norm_eps=module.adapter_norm_before.eps if module.add_layer_norm_before else 1e-5,
-        device=up.weight.device, dtype=up.weight.dtype,
-    )  # fmt: skip
-    _copy(module, adapter)
-    return adapter.train(module.training)
+    _fastadapt_backend = None
+    _fastadapt_config = None
+
+    def _residual(self, residual_input: Tensor) -> Tensor | None:
+        return residual_input
+
+    def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False):
+        if not draws(self) and refused(self) is None:
+            result = adapted(self, x, self._residual(residual_input), alone(self._fastadapt_config))
+            if result is not None:
+                return result[0], None, result[1]
+        return super().forward(x, residual_input, output_gating)
 
 
-def to_adapters(adapter: BottleneckAdapter, module) -> None:
-    """Copy the weights of ``adapter`` back into ``module``, whose options must be those it was built from.
+class Adapter(_Fused, modeling.Adapter):
+    """``adapters.methods.modeling.Adapter`` on kernels."""
 
-    Saving the model with the library's own ``save_adapter`` then writes a checkpoint that it can load anywhere.
+
+class ParallelAdapter(_Fused, modeling.ParallelAdapter):
+    """``adapters.methods.modeling.ParallelAdapter`` on kernels; the library adds its output to that of the sublayer."""
+
+    def _residual(self, residual_input: Tensor) -> None:
+        return None
+
+
+_OURS = {modeling.Adapter: Adapter, modeling.ParallelAdapter: ParallelAdapter}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def _examined(layer) -> tuple[str, str]:
+    """State and reason of an adapter of the library."""
+    kind = type(layer)
+    if _THEIRS.get(kind, kind) not in _OURS:
+        return "left", f"no kernel for {kind.__name__}"
+    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        return "left", "its forward has been replaced, or has hooks"
+    if reason := refused(layer):
+        return "left", reason
+    return ("in part", f"{reason} in training") if (reason := random(layer)) else ("accelerated", "")
+
+
+def _others(model: nn.Module) -> list[Row]:
+    """Layers of the library's other methods."""
+    rows = []
+    for name, module in model.named_modules():
+        other = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer)
+        if (other and len(module.adapter_modules)) or isinstance(module, modeling.BertFusion):
+            rows.append(Row(name, "left", f"no kernel for {type(module).__name__}"))
+    return rows
+
+
+def _losing_rules(model: nn.Module) -> list[nn.Module]:
+    """Models of the library, with no head around them, whose save_adapter passes by the rules that PHM layers share."""
+    owners = [module for module in model.modules() if hasattr(module, "save_adapter")]
+    heads = {id(module.base_model) for module in owners if module.base_model is not module}
+    bare = [module for module in owners if module.base_model is module and id(module) not in heads]
+    return [m for m in bare if any(k.startswith("shared_parameters.") and "phm_rule" in k for k in _passed_by(m))]
+
+
+def _passed_by(model: nn.Module) -> list[str]:
+    keys = list(model.state_dict())
+    return [] if any(".shared_parameters." in key for key in keys) else keys
+
+
+def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
+    """Swap the classes of the adapters that kernels serve."""
+    rows = []
+    for path, home in [(path, home) for path, home in model.named_modules() if isinstance(home, BottleneckLayer)]:
+        for name, layer in home.adapters.items():
+            row = Row(f"{path}.adapters.{name}" if path else f"adapters.{name}", *_examined(layer))
+            rows.append(row)
+            if row.state != "left":
+                layer.__class__ = _OURS.get(type(layer), type(layer))
+                layer._fastadapt_backend, layer._fastadapt_config = backend, home.adapters_config
+    for bare in _losing_rules(model):
+        warnings.warn(
+            f"accelerate: save_adapter of a {type(bare).__name__} without a head leaves out the rule that its PHM layers "
+            "share; fastadapt.integrations.adapters.save_adapter writes it too",
+            stacklevel=4,
+        )
+    return rows + _others(model)
+
+
+def restore(model: nn.Module) -> None:
+    """Give every adapter its class back."""
+    for module in model.modules():
+        if type(module) in _THEIRS:
+            module.__class__ = _THEIRS[type(module)]
+            for name in ("_fastadapt_backend", "_fastadapt_config"):
+                module.__dict__.pop(name, None)
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str, **options) -> None:
+    """``model.save_adapter(folder, name, **options)``, and what that leaves out.
+
+    The library's filter of names passes by the shared parameters of a model without a head (``BertModel``, not
+    ``BertForSequenceClassification``), so that a Compacter comes back with a new rule drawn at random. Here they are in the
+    file, under the names that a model with a head would give them; the library's own ``load_adapter`` reads them.
     """
-    _refuse_unsupported(module)
-    expected = from_adapters(module).options()
-    for name, value in adapter.options().items():
-        if name != "residual" and value != expected[name]:
-            raise ValueError(f"adapter must have {name}={expected[name]!r} like module, got {value!r}")
-    _copy(module, adapter, back=True)
+    model.save_adapter(str(folder), name, **options)
+    shared = getattr(model.base_model, "shared_parameters", {})
+    if model.base_model is not model or name not in shared:
+        return
+    safe = Path(folder) / SAFE_WEIGHTS_NAME
+    if options.get("use_safetensors"):
+        from safetensors.torch import load_file, save_file
+
+        tensors, write, path = load_file(safe), save_file, safe
+    else:
+        path = Path(folder) / WEIGHTS_NAME
+        tensors, write = torch.load(path, weights_only=True), torch.save
+    if any(f"shared_parameters.{name}." in key for key in tensors):
+        return
+    tensors |= {f"shared_parameters.{name}.{key}": p.detach().contiguous() for key, p in shared[name].items()}
+    write({f"{model.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}, path)

@@ -2,7 +2,9 @@
 
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, ParallelAdapter
+from .compacter import CompacterAdapter
 from .freeze import freeze_except
+from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
@@ -10,10 +12,15 @@ from .lora_bank import LoRABank
 __all__ = [
     "AdapterBank",
     "BottleneckAdapter",
+    "CompacterAdapter",
+    "KronALinear",
+    "KronLinear",
     "LoRABank",
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMultiheadAttention",
+    "PHMLinear",
     "ParallelAdapter",
     "freeze_except",
+    "phm_rule",
 ]

@@ -6,14 +6,19 @@ from torch import nn
 
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
+from .compacter import CompacterAdapter
+from .kron import KronALinear, KronLinear, PHMLinear
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
+    "compacter": (CompacterAdapter, PHMLinear),
+    "kron": (KronALinear, KronLinear),
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
 }
+_BESIDE_A_BASE = (*KINDS["lora"], KronALinear)
 
 
 def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) -> dict[str, nn.Parameter]:
@@ -21,8 +26,8 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of ``"bottleneck"``, ``"lora"``, or types of modules, for example ``nn.LayerNorm``. The layers that
-            LoRA calls ``base`` stay frozen, whatever their type.
+        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"kron"``, ``"lora"``, or types of modules, for example
+            ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay frozen, whatever their type.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
@@ -40,7 +45,7 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
         if not found:
             raise ValueError(f"model must have a module of the kind {kind!r}, got none")
         wanted.update(p for module in found for p in module.parameters())
-    bases = {p for module in model.modules() if isinstance(module, KINDS["lora"]) for p in module.base.parameters()}
+    bases = {p for module in model.modules() if isinstance(module, _BESIDE_A_BASE) for p in module.base.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in wanted - bases)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

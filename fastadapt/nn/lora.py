@@ -60,23 +60,18 @@ def linear_sizes(base: nn.Module) -> tuple[bool, int, int]:
     return False, base.in_features, base.out_features
 
 
-class _Merging(nn.Module):
-    """A frozen layer ``base`` whose weight the pair ``lora_A``, ``lora_B`` can be merged into."""
+class Merging(nn.Module):
+    """A frozen layer ``base`` that an adapter can be merged into: ``_merged()`` is weight, as (n, k), and bias with it."""
 
-    def __init__(self, base: nn.Module, transposed: bool, alpha: float, r: int, rslora: bool, backend: str | None):
+    def __init__(self, base: nn.Module, transposed: bool, backend: str | None):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.r, self.alpha, self.rslora, self.backend = r, alpha, rslora, backend
-        self.scale = alpha / (math.sqrt(r) if rslora else r)
-        self.magnitude = None
+        self.backend = backend
         self._transposed = transposed  # base keeps its weight as (k, n)
         self._kept = None  # what base held before the merge: a tuple, or these would become parameters of this module
 
     def _weight(self) -> Tensor:
         return self.base.weight.T if self._transposed else self.base.weight
-
-    def _norms(self) -> Tensor:
-        return row_norms(dense(self._weight()), self.lora_A.weight, self.lora_B.weight, self.scale)
 
     @property
     def merged(self) -> bool:
@@ -91,21 +86,15 @@ class _Merging(nn.Module):
         """
         if self.merged:
             raise RuntimeError("merge: the adapter is merged already")
-        pair_and_scale = {"lora_a": self.lora_A.weight, "lora_b": self.lora_B.weight, "scale": self.scale}
-        weight = lora_merge(self._weight(), **pair_and_scale, magnitude=self.magnitude)
+        weight, bias = self._merged()
         if self.training and weight.dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
                 f"merge: training on a merged {weight.dtype} weight loses every update below half a unit in its last place; "
                 "unmerge() before training goes on",
                 stacklevel=2,
             )
-        bias = getattr(self.base, "bias", None)
-        kept = self.base.weight, bias
-        if self.lora_B.bias is not None:
-            added = self.scale * self.lora_B.bias.to(torch.promote_types(weight.dtype, torch.float32))
-            if self.magnitude is not None:
-                added = added * self.magnitude / self._norms()
-            bias = (added if bias is None else bias + added).to(weight.dtype)
+        kept = self.base.weight, getattr(self.base, "bias", None)
+        if bias is not kept[1]:
             self.base.bias = nn.Parameter(bias, requires_grad=False)
         self.base.weight = nn.Parameter(weight.T if self._transposed else weight, requires_grad=False)
         self._kept = kept
@@ -125,11 +114,35 @@ class _Merging(nn.Module):
         if base.weight.is_floating_point():
             base.to(merged.dtype)
 
+
+class _Pair(Merging):
+    """A frozen layer and the pair ``lora_A``, ``lora_B``."""
+
+    def __init__(self, base: nn.Module, transposed: bool, alpha: float, r: int, rslora: bool, backend: str | None):
+        super().__init__(base, transposed, backend)
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        self.scale = alpha / (math.sqrt(r) if rslora else r)
+        self.magnitude = None
+
+    def _norms(self) -> Tensor:
+        return row_norms(dense(self._weight()), self.lora_A.weight, self.lora_B.weight, self.scale)
+
+    def _merged(self) -> tuple[Tensor, Tensor | None]:
+        pair_and_scale = {"lora_a": self.lora_A.weight, "lora_b": self.lora_B.weight, "scale": self.scale}
+        weight = lora_merge(self._weight(), **pair_and_scale, magnitude=self.magnitude)
+        bias = getattr(self.base, "bias", None)
+        if self.lora_B.bias is not None:
+            added = self.scale * self.lora_B.bias.to(torch.promote_types(weight.dtype, torch.float32))
+            if self.magnitude is not None:
+                added = added * self.magnitude / self._norms()
+            bias = (added if bias is None else bias + added).to(weight.dtype)
+        return weight, bias
+
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, rslora={self.rslora}, merged={self.merged}"
 
 
-class LoRALinear(_Merging):
+class LoRALinear(_Pair):
     """A frozen linear layer with LoRA, run by :func:`fastadapt.lora_linear`.
 
     ``y = gain * (x @ W.T + scale * (dropout(x) @ lora_A.weight.T @ lora_B.weight.T + lora_B.bias)) + bias`` with the weight
@@ -200,7 +213,7 @@ class LoRALinear(_Merging):
         return f"{super().extra_repr()}, dropout={self.dropout}, dora={self.magnitude is not None}"
 
 
-class LoRAEmbedding(_Merging):
+class LoRAEmbedding(_Pair):
     """A frozen embedding with LoRA: ``y = E[ids] + scale * lora_A.weight.T[ids] @ lora_B.weight.T``, ``scale = alpha / r``.
 
     The product and the sum are one call of ``torch.addmm``. A new layer computes what ``base`` does: ``lora_A`` starts at zero

@@ -17,7 +17,7 @@ def kron_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(name: str, factor: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """``factor`` itself, or the product of the two that it is given as."""
+    """``factor`` itself, or the product of the two that it is given as: by sums, which autocast leaves in their dtype."""
     if isinstance(factor, Tensor):
         return factor
     if not isinstance(factor, (tuple, list)) or [isinstance(t, Tensor) for t in factor] != [True, True]:
@@ -25,7 +25,7 @@ def product(name: str, factor: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     left, right = factor
     if left.dim() < 2 or left.shape[:-2] != right.shape[:-2] or left.shape[-1:] != right.shape[-2:-1]:
         raise ValueError(f"{name} must be a pair (n, i, p) and (n, p, j), got {tuple(left.shape)} and {tuple(right.shape)}")
-    return left @ right
+    return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2, dtype=left.dtype)
 
 
 def compacter_reference(
