@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -134,11 +135,99 @@ def frozen_layer(arguments: dict) -> tuple:
     return lambda: F.linear(x, weight, bias), {"x": x}
 
 
+def kron_by_hand(x, a, s, t, *, scale, bias=None, residual=None):
+    z = torch.einsum("...ap,tpq->...atq", x.unflatten(-1, (a.shape[1], -1)), s)
+    y = torch.einsum("...btq,tqp->...bp", torch.einsum("...atq,tab->...btq", z, a), t).flatten(-2)
+    y = scale * y
+    y = y if bias is None else y + bias
+    return y if residual is None else residual + y
+
+
+def compacter_by_hand(
+    x, down_a, down_s, down_t, up_a, up_s, up_t, *, down_bias, up_bias, residual, scale, activation
+):  # fmt: skip
+    hidden = ACTIVATIONS[activation](kron_by_hand(x, down_a, down_s, down_t, scale=1.0) + down_bias)
+    return residual + scale * (kron_by_hand(hidden, up_a, up_s, up_t, scale=1.0) + up_bias)
+
+
+def compacter_of_adapters(arguments: dict) -> tuple | None:
+    """The module of the library ``adapters`` with PHM layers, holding the same tensors.
+
+    Its rules are each layer's own here, as they are in the arguments; sharing one would save no arithmetic.
+    """
+    a = arguments
+    if "adapter_ids" in a or a["residual"] is None or a["activation"] != "gelu" or not isinstance(a["scale"], float):
+        return None
+    try:
+        from adapters import CompacterConfig
+        from adapters.methods.modeling import Adapter
+    except ImportError:
+        return None
+
+    (n, chunk, q), r = a["down_s"].shape, a["down_a"].shape[-1] * a["down_t"].shape[-1]
+    config = CompacterConfig(phm_dim=n, phm_rank=q, shared_phm_rule=False, scaling=a["scale"])
+    module = Adapter("peer", n * chunk, r, config)
+    layers = {"down": module.adapter_down[0], "up": module.adapter_up}
+    kinds = {"a": "phm_rule", "s": "W_left", "t": "W_right", "bias": "b"}
+    inputs = {"x": a["x"]}
+    for side, layer in layers.items():
+        inputs |= {f"{side}_{kind}": hold(layer, theirs, a[f"{side}_{kind}"]) for kind, theirs in kinds.items()}
+    if a["residual"] is not a["x"]:
+        inputs["residual"] = a["residual"]
+    return lambda: module(a["x"], a["residual"])[0], inputs
+
+
+def lokr_of_peft(arguments: dict) -> tuple | None:
+    """What the LoKr layer of the library ``peft`` adds to its frozen layer, without that layer's own product, as in the op."""
+    a = arguments
+    if set(a) != {"x", "a", "s", "t", "scale"} or len(a["a"]) != 1 or not isinstance(a["scale"], float):
+        return None
+    try:
+        from peft import LoKrConfig
+        from peft.tuners.lokr import Linear
+    except ImportError:
+        return None
+
+    (_, a_in, a_out), (_, b_in, q), b_out = a["a"].shape, a["s"].shape, a["t"].shape[2]
+    frozen = nn.Linear(a_in * b_in, a_out * b_out, device="meta")  # its shape is asked for, and nothing else
+    layer = Linear(frozen, "peer", config=LoKrConfig(r=q), r=q, alpha=a["scale"] * q)
+    for place in ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"):
+        delattr(layer, place)
+        setattr(layer, place, {})  # holds views of the arguments, which are no parameters
+
+    def call():
+        layer.lokr_w1["peer"] = a["a"][0].T.contiguous()  # a few numbers
+        layer.lokr_w2_a["peer"], layer.lokr_w2_b["peer"] = a["t"][0].T, a["s"][0].T
+        return layer._get_delta_activations("peer", a["x"])
+
+    return call, {name: a[name] for name in ("x", "a", "s", "t")}
+
+
+def kron_of_fastkron(arguments: dict) -> tuple | None:
+    """The product of the library ``pyfastkron`` with the two factors, of which the second is multiplied out first."""
+    a = arguments
+    if set(a) != {"x", "a", "s", "t", "scale"} or len(a["a"]) != 1 or a["x"].dtype != torch.float32:
+        return None
+    try:
+        from pyfastkron import fastkrontorch
+    except ImportError:
+        return None
+
+    def call():
+        return fastkrontorch.gemkm(a["x"], [a["scale"] * a["a"][0], a["s"][0] @ a["t"][0]])
+
+    return call, {name: a[name] for name in ("x", "a", "s", "t")}
+
+
 # How users write an op in plain PyTorch, for the benchmark's arguments; an op that isn't here uses its reference.
-BY_HAND: dict[str, Callable] = {"bottleneck": bottleneck_by_hand, "lora_linear": lora_by_hand}
+BY_HAND: dict[str, Callable] = {
+    "bottleneck": bottleneck_by_hand, "lora_linear": lora_by_hand, "compacter": compacter_by_hand, "kron_linear": kron_by_hand,
+}  # fmt: skip
 PEERS: dict[str, dict[str, Peer]] = {
     "bottleneck": {"adapters": bottleneck_of_adapters},
     "lora_linear": {"peft": layer_of_peft, "peft adapter_names": bank_of_peft, "loop over adapters": loop_over_adapters},
+    "compacter": {"adapters": compacter_of_adapters},
+    "kron_linear": {"peft": lokr_of_peft, "pyfastkron": kron_of_fastkron},
 }
 # What is left of an op without its adapter: like a peer, with another output. The time over it is what the adapter costs.
 PARTS: dict[str, dict[str, Peer]] = {"lora_linear": {"frozen layer": frozen_layer}}

@@ -209,7 +209,7 @@ def test_layers_that_are_added_later_are_found_by_a_second_call():
     assert type(model.base_model.model.later) is peft.tuners.lora.Linear
     assert fastadapt.accelerate(model).accelerated == ["base_model.model.target", "base_model.model.later"]
     model.unload()
-    with pytest.raises(ValueError, match=r"\(LoRA layers of peft on linear layers or embeddings.*\), got none"):
+    with pytest.raises(ValueError, match=r"\(LoRA layers of peft .*, LoKr and LoHa layers on linear layers.*\), got none"):
         fastadapt.accelerate(model)
 
 
@@ -321,7 +321,7 @@ def test_layers_that_the_library_injects(calls):  # noqa: F811
 def test_what_cannot_be_accelerated_raises():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
         fastadapt.accelerate({})
-    with pytest.raises(ValueError, match=r"\(LoRA layers of peft on linear layers or embeddings.*\), got none"):
+    with pytest.raises(ValueError, match=r"\(LoRA layers of peft .*, LoKr and LoHa layers on linear layers.*\), got none"):
         fastadapt.accelerate(nn.Linear(3, 3))
 
 

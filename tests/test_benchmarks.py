@@ -14,7 +14,7 @@ from benchmarks.contestants import Contestant, backends, differentiated, quiet
 from benchmarks.memory import saved_extra
 from benchmarks.peers import lora_by_hand
 
-from .specs import bottleneck, lora_linear
+from .specs import SPECS, bottleneck, compacter, kron_linear, lora_linear
 
 CPU = torch.device("cpu")
 OPTIONS = ["--compile", "none", "--seconds", "0.01", "--device", "cpu", "--threads", str(torch.get_num_threads())]
@@ -60,6 +60,26 @@ def test_a_random_call_with_frozen_arguments(tmp_path, capsys):
     # The mask, the input after dropout, and what is between the adapter's two layers; x itself is held anyhow.
     assert step["saved_bytes"]["eager"] == 4 * (2 * 64 * 64 + 64 * 8)
     assert step["saved_bytes"]["native"] <= 4 * 64 * 8 + 8
+
+
+# A tiny case of an op, and the library among its peers.
+PEERS = {
+    "compacter": (compacter.bench(6, 64, reduction=8), "adapters"),
+    "kron_linear": (kron_linear.bench(6, (2, 4), (16, 8), 3), "peft"),
+}
+
+
+@pytest.mark.parametrize("op", PEERS)
+def test_modules_of_libraries_agree(tmp_path, monkeypatch, op):
+    """Output and every gradient: those that don't are left out with a note."""
+    case, library = PEERS[op]
+    pytest.importorskip(library)
+    monkeypatch.setattr(run, "SPECS", {op: replace(SPECS[op], bench=(case,))})
+    out = tmp_path / "out.json"
+    assert run.main([op, *OPTIONS, "--no-check", "--out", str(out), "--dtype", "float32", "bfloat16"]) == 0
+    for section in json.loads(out.read_text()).values():
+        assert section["notes"] == [] and len(section["rows"]) == 2
+        assert all({"eager", library} <= row["times"].keys() for row in section["rows"])
 
 
 def test_sections_of_other_runs_are_kept(tmp_path):

@@ -11,7 +11,7 @@ from adapters.methods.modeling import Activation_Function_Class, ParallelAdapter
 from torch import Tensor, nn
 
 from ..ops.bottleneck import bottleneck
-from ..ops.compacter import compacter, kron_sum, rule
+from ..ops.compacter import compacter, kron_sum, product
 from ..ops.lora_linear import autocasts, without_autocast
 from .adapters_modules import ACTIVATIONS
 
@@ -94,7 +94,7 @@ def _projections(down, up) -> tuple:
     if down.factorized_phm_W:
         return compacter, [(a, *b) for a, b in factors], (down.b, up.b), factors[0][1][0].dtype
     with without_autocast(factors[0][1]):
-        matrices = [kron_sum(rule(a), b).T for a, b in factors]
+        matrices = [kron_sum(product("a", a), b).T for a, b in factors]
     return bottleneck, matrices, (down.b, up.b), matrices[0].dtype
 
 

@@ -1,19 +1,19 @@
-"""LoRA layers of the library ``peft``, in place: its own classes with another ``forward``."""
+"""LoRA, LoKr and LoHa layers of the library ``peft``, in place: its own classes with another ``forward``."""
 
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 
 import torch
-from peft.tuners import lora
+from peft.tuners import loha, lokr, lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear as PeftTorchaoLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import autocasts
-from . import Row
+from . import Row, peft_lycoris
 from .peft_lora import TRANSPOSED, MixedBatch, active, embedded, frozen_layer, mixed, operands
 
-LAYERS = "LoRA layers of peft on linear layers or embeddings"
+LAYERS = "LoRA layers of peft on linear layers or embeddings, LoKr and LoHa layers on linear layers"
 
 
 class _Fused:
@@ -49,6 +49,26 @@ class Embedding(lora.Embedding):
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
+class LoKrLinear(lokr.Linear):
+    """``peft.tuners.lokr.Linear`` whose Kronecker products are never formed."""
+
+    _fastadapt_backend = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        names = peft_lycoris.active(self)
+        return super().forward(x, *args, **kwargs) if names is None else peft_lycoris.lokr(self, names, x, *args, **kwargs)
+
+
+class LoHaLinear(loha.Linear):
+    """``peft.tuners.loha.Linear`` through the rank of its Hadamard products, in the product of the base layer."""
+
+    _fastadapt_backend = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        names = peft_lycoris.active(self)
+        return super().forward(x, *args, **kwargs) if names is None else peft_lycoris.loha(self, names, x, *args, **kwargs)
+
+
 class LoraModel(lora.LoraModel):
     """``peft.tuners.lora.LoraModel`` that takes ``adapter_names`` in training too."""
 
@@ -69,7 +89,10 @@ class LoraModel(lora.LoraModel):
             yield
 
 
-_OURS = {lora.Linear: Linear, PeftTorchaoLinear: TorchaoLoraLinear, lora.Embedding: Embedding, lora.LoraModel: LoraModel}
+_OURS = {
+    lora.Linear: Linear, PeftTorchaoLinear: TorchaoLoraLinear, lora.Embedding: Embedding, lora.LoraModel: LoraModel,
+    lokr.Linear: LoKrLinear, loha.Linear: LoHaLinear,
+}  # fmt: skip
 
 if hasattr(lora, "Linear4bit"):  # bitsandbytes is installed
     from bitsandbytes.nn import Linear4bit as _Base4bit
@@ -104,6 +127,8 @@ def _examined(layer) -> tuple[str, str]:
         return "left", "its forward has been replaced"
     if isinstance(layer, lora.Embedding):
         return ("left", "tensor parallelism") if layer.input_fns else ("accelerated", "")
+    if isinstance(layer, lokr.Linear | loha.Linear):
+        return peft_lycoris.examined(layer)
     if type(frozen := frozen_layer(layer)) is str:
         return "left", frozen
     reasons = {name: operands(layer, name) for name in layer.lora_A}

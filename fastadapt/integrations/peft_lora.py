@@ -1,7 +1,7 @@
 """What a LoRA layer of the library ``peft`` computes, on the kernels here.
 
 Every function looks at the state of the layer anew, as the library does, so that nothing has to be told of a change. What has
-no kernel (``operands`` and ``frozen_layer`` say why in words, ``_fits`` looks at dtypes) is None, for the library to compute.
+no kernel (``operands`` and ``frozen_layer`` say why in words, ``fits`` looks at dtypes) is None, for the library to compute.
 """
 
 import torch
@@ -18,7 +18,7 @@ from ..ops.lora_linear import autocasts, lora_linear, row_norms, without_autocas
 
 # Layers whose product is x @ weight.T, or x @ weight where that is True.
 TRANSPOSED = {nn.Linear: False, NonDynamicallyQuantizableLinear: False, Conv1D: True}
-_NARROW = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
 _LARGEST_DROPOUT = 65535 / 65536
 
 
@@ -70,16 +70,16 @@ def operands(layer, name: str) -> tuple | str:
     return a, b, bias, layer.scaling[name], p, magnitude
 
 
-def _fits(x: Tensor, weight: Tensor, a: Tensor, scale) -> bool:
+def fits(x: Tensor, weight: Tensor, a: Tensor, scale) -> bool:
     """Whether dtypes and devices are those of the kernels; the library casts ``x`` to the adapter's dtype."""
-    if a.dtype is not x.dtype and not (a.dtype is torch.float32 and x.dtype in _NARROW):
+    if a.dtype is not x.dtype and not (a.dtype is torch.float32 and x.dtype in NARROW):
         return False
     if weight.device != x.device or isinstance(scale, Tensor) and (scale.device != x.device or x.dtype is torch.float64):
         return False
     return weight.dtype is x.dtype or is_packed(weight) or autocasts(x)
 
 
-def _several(parts: list[tuple]) -> tuple[tuple, Tensor | None]:
+def several(parts: list[tuple]) -> tuple[tuple, Tensor | None]:
     """Adapters without dropout as one, whose rank is the sum of theirs; ``diagonal`` holds scales that differ."""
     a, b = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], 1)
     scales, biases = [part[3] for part in parts], [(part[2], part[3]) for part in parts if part[2] is not None]
@@ -138,7 +138,7 @@ def active(layer, x: Tensor) -> Tensor | None:
     if type(frozen) is str or not names or names[0] not in present:
         return None
     part = operands(layer, names[0])
-    if type(part) is str or not _fits(x, frozen[0], part[0], part[3]):
+    if type(part) is str or not fits(x, frozen[0], part[0], part[3]):
         return None
     if len(names) > 1:
         return _all_active(layer, x, frozen, names, part)
@@ -153,14 +153,14 @@ def _all_active(layer, x: Tensor, frozen: tuple, names: list[str], part: tuple) 
             other = operands(layer, name)
             if type(other) is str or other[4] or other[5] is not None or other[0].dtype is not part[0].dtype:
                 break
-            if not _fits(x, frozen[0], other[0], other[3]):
+            if not fits(x, frozen[0], other[0], other[3]):
                 break
             parts.append(other)
     others = names[len(parts) :]
     if any(name in layer.lora_variant for name in others):
         return None  # DoRA scales what it finds, which must not have been rounded before
     if len(parts) > 1:
-        part, diagonal = _several(parts)
+        part, diagonal = several(parts)
     y = _linear(layer, x, *frozen, names[0], part, diagonal)
     return y if y is None else _added(layer, x, y, others)
 
@@ -217,7 +217,7 @@ def _bank_options(layer, x: Tensor, weight: Tensor, batch: MixedBatch, present: 
     parts = [operands(layer, name) for name in present]
     if any(type(part) is str or part[4] != parts[0][4] or part[0].dtype is not parts[0][0].dtype for part in parts):
         return None  # one rate of dropout and one dtype serve a whole bank
-    if not all(_fits(x, weight, part[0], part[3]) for part in parts):
+    if not all(fits(x, weight, part[0], part[3]) for part in parts):
         return None
     a, b, lora_bias, scale = _bank(parts, x.device)
     return {
@@ -239,14 +239,14 @@ def mixed(layer, x: Tensor, names: list[str]) -> Tensor | None:
         present = tuple(name for name in batch.unique if name in lora_A and name != "__base__")
         if len(batch.unique) == 1 and present and not layer.use_dora.get(present[0], False):
             part = operands(layer, present[0])
-            fits = type(part) is not str and _fits(x, frozen[0], part[0], part[3])
-            return _linear(layer, x, *frozen, present[0], part) if fits else None
+            served = type(part) is not str and fits(x, frozen[0], part[0], part[3])
+            return _linear(layer, x, *frozen, present[0], part) if served else None
         options = _bank_options(layer, x, frozen[0], batch, present) if present else None
         if options is None:
             return None
         if keeps:
             batch.banks[layer] = options
-    elif not _fits(x, frozen[0], options["lora_a"], 1.0):
+    elif not fits(x, frozen[0], options["lora_a"], 1.0):
         return None
     return lora_linear(x, *frozen, **options)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._dense import dense
 from .._leaf import BACKENDS
-from ..ops.compacter import kron_sum, rule
+from ..ops.compacter import kron_sum, product
 from ..ops.kron_linear import kron_linear
 from ..ops.lora_linear import without_autocast
 from .bottleneck import check_size
@@ -95,7 +95,7 @@ class _Kronecker(nn.Module):
         wide = torch.promote_types(first.dtype, torch.float32)
         a, b = (t.to(wide) if isinstance(t, Tensor) else tuple(part.to(wide) for part in t) for t in (a, b))
         with without_autocast(first):
-            return kron_sum(rule(a), rule(b)).T.to(first.dtype)
+            return kron_sum(product("a", a), product("b", b)).T.to(first.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""

@@ -33,7 +33,10 @@ def cheapest_order(m: int, terms: int, a_in: int, a_out: int, b_in: int, b_out: 
         costs["factors"] = m * terms * q * (a_in * b_in + a_in * a_out + a_out * b_out)
     if dense:
         costs["matrix"] = (terms + m) * a_in * a_out * b_in * b_out
-    return min(costs, key=costs.get)
+    cheapest = "b first"
+    for order in costs:  # not min with a key, which Dynamo can't trace
+        cheapest = order if costs[order] < costs[cheapest] else cheapest
+    return cheapest
 
 
 def _order(x, a, s, t) -> str:
