@@ -94,13 +94,15 @@ def lora_linear_rank_kernel(
 def lora_linear_product_kernel(
     left_ptr, left_table_ptr, left_stride_m, left_stride_d, left_gain_ptr, weight_ptr, weight_stride_d, weight_stride_n,
     rank_ptr, side_ptr, side_stride_r, side_stride_n, side_stride_g, diagonal_ptr, scale_value, seed_ptr, threshold,
-    kept_scale, gain_ptr, bias_ptr, out_ptr, ids_ptr, rows_per_id, order_ptr, m, n, d, g, tiles_m, R: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    kept_scale, gain_ptr, bias_ptr, z_ptr, out_ptr, ids_ptr, rows_per_id, order_ptr, m, n, d, g, tiles_m,
+    R: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of ``out = gain * ((left * left_gain) @ weight + dropout((rank * c) @ side)) + bias``: first the
     product over the ranks, in steps of BLOCK_R, then that over d. In a bank the steps are those of the adapters from the first
     to the last that it has rows of, and a row adds those of its own alone, so that nothing of another adapter can reach it.
-    Eight tiles of rows take turns on each tile of columns, so that both operands come from the L2 cache."""
+    ``z`` gets ``out`` before gain and bias, for backward. Eight tiles of rows take turns on each tile of columns, so that both
+    operands come from the L2 cache."""
     dtype: tl.constexpr = left_ptr.dtype.element_ty
     tiles_n = tl.cdiv(n, BLOCK_N)
     group = tl.program_id(0) // (8 * tiles_n)
@@ -150,11 +152,14 @@ def lora_linear_product_kernel(
             left = (left.to(tl.float32) * left_gain[None, :]).to(dtype)  # [BLOCK_M, BLOCK_D]
         weight = tl.load(weight_ptrs + begin * weight_stride_d, mask=deep[:, None] & valid[None, :], other=0.0)
         acc = tl.dot(left, weight, acc, input_precision=PRECISION)
+    places, within = rows[:, None] * n + cols[None, :], inside[:, None] & valid[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + places, acc.to(dtype), mask=within)
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + rows[:, None] * n + cols[None, :], acc.to(dtype), mask=inside[:, None] & valid[None, :])
+    tl.store(out_ptr + places, acc.to(dtype), mask=within)
 
 
 def _options(x, warps, tile_bytes, together):
@@ -216,8 +221,8 @@ class _Call:
         )  # fmt: skip
         return out
 
-    def product(self, rows, d, left_gain, weight, weight_strides, ranks, side, side_strides, dropout, gain, bias, out):
-        """``out = gain * (rows * left_gain @ weight + dropout(ranks * c @ side)) + bias``."""
+    def product(self, rows, d, left_gain, weight, weight_strides, ranks, side, side_strides, dropout, gain, bias, z, out):
+        """``out = gain * z + bias`` where ``z = rows * left_gain @ weight + dropout(ranks * c @ side)``, kept if not None."""
         if not out.numel():
             return out
         n, (shared, _) = out.shape[-1], shared_memory(self.x)
@@ -232,32 +237,35 @@ class _Call:
         tiles_m = triton.cdiv(self.m, block_m)
         lora_linear_product_kernel[(tiles_m * triton.cdiv(n, block_n),)](
             *rows, left_gain, weight, *weight_strides, ranks, side, *side_strides, self.diagonal, self.scale, *dropout, gain,
-            bias, out, *self.bank, self.m, n, d, self.g, tiles_m, R=self.r, PRECISION=precision(self.x),
+            bias, z, out, *self.bank, self.m, n, d, self.g, tiles_m, R=self.r, PRECISION=precision(self.x),
             BLOCK_R=min(self.block_r, block_d, self.step), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
             **_options(self.x, 8 if block_m * block_n >= 2**14 else 4, (block_m + block_n) * block_d * self.item, 1),
         )  # fmt: skip
         return out
 
 
-def lora_linear_fwd(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids):
+def lora_linear_fwd(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids, keep_z):
     n, k = weight.shape
     y = x.new_empty((*x.shape[:-1], n))
+    z = x.new_empty(y.shape if keep_z else 0)
     bias, diagonal, gain = dense(bias, diagonal, gain)
     with torch.cuda.device_of(x):
         call = _Call(x, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids)
         if not call.m:
-            return y, x.new_empty((0, call.r), dtype=torch.float32)
+            return y, x.new_empty((0, call.r), dtype=torch.float32), z
         u = call.ranks(call.x_rows, k, None, lora_a, _strides(lora_a, True), call.dropout)
         side = lora_b, _strides(lora_b, True)
-        return call.product(call.x_rows, k, None, weight, weight.stride()[::-1], u, *side, _KEEP_ALL, gain, bias, y), u
+        strides = weight.stride()[::-1]
+        call.product(call.x_rows, k, None, weight, strides, u, *side, _KEEP_ALL, gain, bias, z if keep_z else None, y)
+        return y, u, z
 
 
 class _Backward(_Call):
     """One call of the backward pass: ``t = (gain * grad_y) @ lora_b`` and what it is needed for, and the sums over rows."""
 
-    def __init__(self, grad_y, u, y, weight, bias, want, *lora):
+    def __init__(self, grad_y, u, z, weight, want, *lora):
         super().__init__(*lora)
-        self.grad_y, self.u, self.y, self.weight, self.bias, self.want = grad_y, u, y, weight, bias, want
+        self.grad_y, self.u, self.z, self.weight, self.want = grad_y, u, z, weight, want
         self.n, self.k = weight.shape
         self.grad_rows = (grad_y, *rows_of(grad_y), grad_y.stride(-1))
         self.block_m, self.block_d = _COLUMN_TILES.pick(
@@ -284,7 +292,7 @@ class _Backward(_Call):
         sums, dots = new(grad_bias is not None), new(grad_gain is not None)
         tile_bytes = self.block_m * (self.block_d * self.item + self.block_r * 4)
         lora_linear_bwd_columns_kernel[(tiles * chunks,)](
-            *rows, gain, None if dots is None else self.y, self.bias, ranks if planes is not None else None, self.diagonal,
+            *rows, gain, None if dots is None else self.z, ranks if planes is not None else None, self.diagonal,
             self.scale, seed, threshold, None if t_planes is None else self.lora_b, *self.lora_b.stride()[-2:], planes, sums,
             dots, t_planes, order, starts, self.m, d, g, chunk, R=self.r, GROUPS=groups, PRECISION=precision(x),
             BLOCK_R=self.block_r, BLOCK_M=self.block_m, BLOCK_D=self.block_d,
@@ -294,7 +302,7 @@ class _Backward(_Call):
             return
         block_d = 32 if self.block_r <= 64 else 16
         lora_linear_bwd_reduce_kernel[(triton.cdiv(d, block_d) * g,)](
-            planes, sums, dots, gain, kept_scale, grad, *grad_strides, grad_bias, grad_gain, starts, chunks, d, g, chunk,
+            planes, sums, dots, kept_scale, grad, *grad_strides, grad_bias, grad_gain, starts, chunks, d, g, chunk,
             R=self.r, GROUPS=groups, BLOCK_R=self.block_r, BLOCK_D=block_d, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -326,7 +334,7 @@ class _Backward(_Call):
         if grad_x is not None:
             self.product(
                 self.grad_rows, self.n, self.gain, self.weight, self.weight.stride(), t, self.lora_a, _strides(self.lora_a),
-                self.dropout, None, None, grad_x,
+                self.dropout, None, None, None, grad_x,
             )  # fmt: skip
         if grad_lora_a is not None:
             self.columns(self.x_rows, self.k, None, t, self.dropout, grad_lora_a, _strides(grad_lora_a, True))
@@ -343,16 +351,15 @@ class _Backward(_Call):
 
 
 def lora_linear_bwd(
-    grad_y, x, u, y, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids, output_mask
+    grad_y, x, u, z, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids, output_mask
 ):  # fmt: skip
     want = _Wanted(*output_mask)
     inputs = (x, weight, bias, lora_a, lora_b, diagonal, gain)
     if not grad_y.numel():
         return tuple(t.new_zeros(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(inputs, want))
     grads = [t.new_empty(t.shape) if wanted else None for t, wanted in zip(inputs, want)]
-    bias, diagonal, gain = dense(bias, diagonal, gain)
+    diagonal, gain = dense(diagonal, gain)
     with torch.cuda.device_of(x):
-        _Backward(grad_y, u, y, weight, bias, want, x, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids).run(
-            *grads
-        )
+        lora = x, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids
+        _Backward(grad_y, u, z, weight, want, *lora).run(*grads)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)

@@ -18,14 +18,14 @@ def rank_tile(ptr, rows, inside, ranks, diagonal_ptr, scale_value, R: tl.constex
 
 @triton.jit
 def lora_linear_bwd_columns_kernel(
-    left_ptr, left_table_ptr, left_stride_m, left_stride_d, gain_ptr, y_ptr, bias_ptr, rank_ptr, diagonal_ptr, scale_value,
-    seed_ptr, threshold, weight_ptr, weight_stride_d, weight_stride_r, planes_ptr, sums_ptr, dots_ptr, t_planes_ptr,
+    left_ptr, left_table_ptr, left_stride_m, left_stride_d, gain_ptr, z_ptr, rank_ptr, diagonal_ptr, scale_value, seed_ptr,
+    threshold, weight_ptr, weight_stride_d, weight_stride_r, planes_ptr, sums_ptr, dots_ptr, t_planes_ptr,
     order_ptr, starts_ptr, m, d, g, chunk, R: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_D columns of ``left`` over one chunk of its rows, in a bank of those of one adapter: the product of
-    ``dropout(left * gain).T`` with ``rank * c``, the sums of ``left`` and its dot products with ``y - bias`` go to the plane of
-    that chunk, the products of its rows with ``weight`` to the plane of those columns."""
+    ``dropout(left * gain).T`` with ``rank * c``, the sums of ``left`` and its dot products with ``z`` go to the plane of that
+    chunk, the products of its rows with ``weight`` to the plane of those columns."""
     dtype: tl.constexpr = left_ptr.dtype.element_ty
     tiles_d = tl.cdiv(d, BLOCK_D)
     index, tile = (tl.program_id(0) // tiles_d).to(tl.int64), (tl.program_id(0) % tiles_d).to(tl.int64)
@@ -43,10 +43,6 @@ def lora_linear_bwd_columns_kernel(
     dots = tl.zeros((BLOCK_D,), tl.float32)
     if gain_ptr is not None:
         gain = tl.load(gain_ptr + cols, mask=valid, other=0.0).to(tl.float32)
-    if dots_ptr is not None:
-        bias = tl.zeros((BLOCK_D,), tl.float32)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)
     if t_planes_ptr is not None:
         weight_ptrs = weight_ptr + cols[:, None] * weight_stride_d + ranks[None, :] * weight_stride_r
         weight = tl.load(weight_ptrs, mask=valid[:, None] & (ranks < R)[None, :], other=0.0).to(dtype)  # [BLOCK_D, BLOCK_R]
@@ -61,9 +57,9 @@ def lora_linear_bwd_columns_kernel(
         if sums_ptr is not None:
             sums += tl.sum(left.to(tl.float32), 0)
         if dots_ptr is not None:
-            y = tl.load(y_ptr + rows[:, None] * d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + rows[:, None] * d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
             # A product that a compiler fuses with the first sum of two lanes has other bits in either, which both store.
-            dots += tl.sum(tl.fma(left.to(tl.float32), tl.where(inside[:, None], y - bias[None, :], 0.0), 0.0), 0)
+            dots += tl.sum(tl.fma(left.to(tl.float32), z, 0.0), 0)
         if gain_ptr is not None:
             left = (left.to(tl.float32) * gain[None, :]).to(dtype)
         if seed_ptr is not None:
@@ -86,8 +82,8 @@ def lora_linear_bwd_columns_kernel(
 
 @triton.jit
 def lora_linear_bwd_reduce_kernel(
-    planes_ptr, sums_ptr, dots_ptr, gain_ptr, kept_scale, grad_ptr, grad_stride_d, grad_stride_r, grad_stride_g,
-    grad_bias_ptr, grad_gain_ptr, starts_ptr, chunks, d, g, chunk, R: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr,
+    planes_ptr, sums_ptr, dots_ptr, kept_scale, grad_ptr, grad_stride_d, grad_stride_r, grad_stride_g, grad_bias_ptr,
+    grad_gain_ptr, starts_ptr, chunks, d, g, chunk, R: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_D columns, in a bank those of one adapter: it adds the planes of all chunks in order and turns the
@@ -116,6 +112,4 @@ def lora_linear_bwd_reduce_kernel(
         tl.store(grad_bias_ptr + cols, sums.to(grad_bias_ptr.dtype.element_ty), mask=valid)
     if dots_ptr is not None:
         dots = sum_planes(dots_ptr, first, last, d, cols, valid)
-        gain = tl.load(gain_ptr + cols, mask=valid, other=1.0).to(tl.float32)
-        dots = tl.where(gain == 0, float("nan"), dots / gain)  # there y holds nothing but the rounding of bias
         tl.store(grad_gain_ptr + cols, dots.to(grad_gain_ptr.dtype.element_ty), mask=valid)

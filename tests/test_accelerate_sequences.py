@@ -10,6 +10,7 @@ from torch import nn
 
 import fastadapt
 
+from .accuracy import excess
 from .test_nn import DEVICE
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
@@ -22,13 +23,20 @@ LoraLayer = peft.tuners.lora.LoraLayer
 
 
 class Net(nn.Module):
+    """Layers side by side: behind another, one would show that one's error too."""
+
     def __init__(self):
         super().__init__()
-        self.table, self.linear, self.conv = nn.Embedding(30, 20), nn.Linear(20, 24), Conv1D(16, 24)
-        self.out = nn.Linear(16, 8, bias=False)
+        self.table, self.linear, self.conv = nn.Embedding(30, 20), nn.Linear(20, 24), Conv1D(16, 20)
+        self.out = nn.Linear(20, 8, bias=False)
+        for bias in (self.linear.bias, self.conv.bias):
+            nn.init.normal_(bias)
+        nn.init.normal_(self.conv.weight, std=0.2)
+        self.register_buffer("rows", torch.randn(30, 20))
 
     def forward(self, ids):
-        return self.out(torch.tanh(self.conv(torch.tanh(self.linear(self.table(ids))))))
+        x = self.rows[ids]
+        return torch.cat([self.table(ids), self.linear(x), self.conv(x), self.out(x)], -1)
 
 
 def random_config(rng):
@@ -52,11 +60,11 @@ def scale(model, name, value):
         layer.set_scale(name, value)
 
 
-def grow(model):
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.data.mul_(1.1)
+def stir(model):
+    """Other weights of the adapters, as large as they were; the state of the generator decides on them."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.copy_(torch.randn(p.shape).to(p.device) * p.data.square().mean().sqrt())
 
 
 def random_step(rng, model):
@@ -66,7 +74,7 @@ def random_step(rng, model):
     steps = {
         "switch": lambda m: m.base_model.set_adapter(some),
         "scale": lambda m: scale(m, one, value),
-        "weights": grow,
+        "weights": stir,
         "eval": lambda m: m.eval(),
         "train": lambda m: m.train(),
         "disable": lambda m: m.base_model.disable_adapter_layers(),
@@ -96,7 +104,8 @@ def outcome(model, act):
 
 def gradients(model, y):
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(wanted, torch.autograd.grad(y.square().sum(), list(wanted.values()), allow_unused=True)))
+    grads = torch.autograd.grad(y.square().sum(), list(wanted.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(wanted, grads) if grad is not None}
 
 
 def forward(model, ids, names):
@@ -108,6 +117,27 @@ def forward(model, ids, names):
     return {"y": y.detach(), **(gradients(model, y) if y.requires_grad else {})}
 
 
+def too_far(fast, library, ids, names):
+    """What errs more than the rule of accuracy allows with these weights, with eight draws of others, and with more of them.
+
+    The error of one draw is luck, and some draws, as those with a row that the update nearly takes away, outweigh all others.
+    """
+    models = fast, library
+    for count in (1, 8, 64):
+        draws = []
+        for _ in range(count):
+            draws.append([forward(model, ids, names) for model in (*models, copy.deepcopy(models[1]).double())])
+            models, random_state = copy.deepcopy((fast, library)), torch.get_rng_state()
+            for model in models:
+                torch.set_rng_state(random_state)
+                stir(model)
+        pooled = {name: [[results[i][name] for results in draws] for i in range(3)] for name in draws[0][0]}
+        errors = [error for name, values in pooled.items() for error in excess(*values, name)]
+        if not errors:
+            break
+    return errors
+
+
 @pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 300), marks=pytest.mark.slow)], ids=["few", "many"])
 def test_random_sequences(calls, seeds):  # noqa: F811
     warnings.simplefilter("ignore")  # of the library, on merging and on adapters that aren't there
@@ -116,6 +146,7 @@ def test_random_sequences(calls, seeds):  # noqa: F811
         rng = random.Random(seed)
         torch.manual_seed(seed)
         library = peft.get_peft_model(Net(), random_config(rng), "first").to(DEVICE)
+        stir(library)  # or each magnitude would be the norm of its row, and never near zero
         fast = copy.deepcopy(library)
         fastadapt.accelerate(fast)
         library.is_fast, fast.is_fast, done = False, True, [seed]
@@ -134,9 +165,7 @@ def test_random_sequences(calls, seeds):  # noqa: F811
                 assert actual == expected, done
                 continue
             assert actual.keys() == expected.keys(), done
-            for name, value in expected.items():
-                what = f"{done}, {name}: {actual[name]} for {value}"
-                torch.testing.assert_close(actual[name], value, rtol=2e-3, atol=2e-4, msg=what)
+            assert not (errors := too_far(fast, library, ids, names)), (done, errors)
         assert list(library.state_dict()) == list(fast.state_dict())
         words |= set(done[1:])
     assert len(words) == 14 and len(calls) > 10 * len(seeds) / 2

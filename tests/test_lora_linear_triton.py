@@ -42,7 +42,7 @@ def test_mask_of_every_kernel():
     m = k = 136
     expected = dropout.kept(torch.tensor(SEED), m, k, P) * dropout.kept_scale(P)
     eye, ones, rest = torch.eye(k), torch.ones(m, k), (None, None, 1.0, P, torch.tensor(SEED), None)
-    _, u = SPEC.fwd.triton(ones, 0 * eye, None, eye, eye, *rest)
+    _, u, _ = SPEC.fwd.triton(ones, 0 * eye, None, eye, eye, *rest, False)
     assert torch.equal(u, expected.float())
     for grad_y, lora_a, lora_b, wanted in (
         (torch.ones(m, 1), torch.ones(1, k), torch.ones(1, 1), 0), (torch.eye(m), ones, torch.eye(m), 3)

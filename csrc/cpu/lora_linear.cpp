@@ -44,7 +44,7 @@ struct Arguments {
 
 struct Call {
   Problem p;
-  std::vector<int64_t> x_offsets, grad_y_offsets, y_offsets;
+  std::vector<int64_t> x_offsets, grad_y_offsets, z_offsets;
   Division rows;  // a segment an adapter
 };
 
@@ -127,10 +127,10 @@ void each_row(const Call& call, int64_t parts, const F& f) {
 // Rows up to which threads share the columns of y, lest each packs all of b.
 constexpr int64_t few_rows = 256;
 
-std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight, const Optional& bias,
-                                               const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal,
-                                               const Optional& gain, double scale, double dropout_p, const Optional& seed,
-                                               const Optional& adapter_ids) {
+std::tuple<Tensor, Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight, const Optional& bias,
+                                                       const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal,
+                                                       const Optional& gain, double scale, double dropout_p,
+                                                       const Optional& seed, const Optional& adapter_ids, bool keep_z) {
   Reader reader("lora_linear", x);
   Call call = read({x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids}, reader);
   Problem& p = call.p;
@@ -138,9 +138,11 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   shape.back() = p.n;
   const int64_t hidden[] = {p.m, p.r};
   const int32_t wide = p.dtype == Dtype::float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  const Tensor y = empty(shape, x), u = empty(hidden, wide);
-  if (p.m == 0) return {y, u};
+  const Tensor y = empty(shape, x), u = empty(hidden, wide), z = empty(keep_z ? shape : std::vector<int64_t>{0}, x);
+  FA_CHECK(gain || !keep_z, "lora_linear: keep_z needs a gain");
+  if (p.m == 0) return {y, u, z};
   p.y = y.mutable_data_ptr();
+  p.z = keep_z ? z.mutable_data_ptr() : p.y;
   p.u = u.mutable_data_ptr();
   const Kernel k = kernel(p);
   const int64_t parts = useful_parts(p.m * p.r * (p.k + p.n) + p.m * p.n, p.m), bytes = k.thread_bytes(p);
@@ -156,14 +158,14 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
       for (const Segment& s : call.rows.segments)
         if (begin < p.n) k.expand(p, memory.data() + part * bytes, s, begin, std::min(p.n, end));
     });
-  multiply(matrix(y, p.m), matrix(x, p.x, p.m), torch::stable::transpose(weight, 0, 1), true);
+  multiply(matrix(keep_z ? z : y, p.m), matrix(x, p.x, p.m), torch::stable::transpose(weight, 0, 1), true);
   if (gain) each_part(parts, [&](int64_t part) { k.finish(p, p.m * part / parts, p.m * (part + 1) / parts); });
-  return {y, u};
+  return {y, u, z};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& y, const Tensor& weight,
+Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& z, const Tensor& weight,
                               const Optional& bias, const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal,
                               const Optional& gain, double scale, double dropout_p, const Optional& seed,
                               const Optional& adapter_ids, std::vector<bool> output_mask) {
@@ -178,8 +180,8 @@ Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tenso
   p.u = const_cast<void*>(u.const_data_ptr());
   FA_CHECK(output_mask.size() == gradients, "lora_linear: output_mask must have 7 entries, got ", output_mask.size());
   if (output_mask[grad_gain]) {
-    FA_CHECK(y, "lora_linear: y is needed for the gradient of gain");
-    p.saved_y = reader.rows("y", *y, p.n, call.y_offsets);
+    FA_CHECK(z, "lora_linear: z is needed for the gradient of gain");
+    p.saved_z = reader.rows("z", *z, p.n, call.z_offsets);
   }
   const Optional inputs[gradients] = {x, weight, bias, lora_a, lora_b, diagonal, gain};
   std::array<Tensor, gradients> grads;

@@ -17,10 +17,10 @@ struct Problem {
   uint32_t dropped = 0;              // of 65536 elements
   uint64_t seed = 0;
   const int64_t* order = nullptr;
-  Rows x, grad_y, saved_y;
+  Rows x, grad_y, saved_z;
   Weight a, b;                       // (r, k), (n, r), or banks of these
   Parameter diagonal, gain, bias;    // (r,) or a bank of it, (n,), (n,)
-  void* y = nullptr;                 // (m, n)
+  void *y = nullptr, *z = nullptr;   // (m, n): y, and y before gain and bias; the same memory where z isn't kept
   void* u = nullptr;                 // (m, r) of the compute type, by rows
   void *t = nullptr, *v = nullptr;   // (m, r) of the compute type, by positions: (gain * grad_y) @ b, and u
   bool wants[gradients] = {};
@@ -33,9 +33,9 @@ struct Kernel {
   int64_t (*thread_bytes)(const Problem&);
   // By rows, those of a segment: u in forward, t and v in backward.
   void (*project)(const Problem&, void* thread, const Segment&);
-  // Columns [begin, end) of y = (u * scale * diagonal) @ b.T, plus bias where there is no gain. The frozen product is added.
+  // Columns [begin, end) of z = (u * scale * diagonal) @ b.T, plus bias where there is no gain. The frozen product is added.
   void (*expand)(const Problem&, void* thread, const Segment&, int64_t begin, int64_t end);
-  // y = gain * y + bias, after the frozen product.
+  // y = gain * z + bias, after the frozen product.
   void (*finish)(const Problem&, int64_t begin, int64_t end);
   // By columns, the share `part` of `parts` of them: the gradients of the parameters, and dropout((t * scale * diagonal) @ a),
   // what the frozen product of grad_x is added to. A segment has all rows of its adapter.

@@ -21,15 +21,15 @@ struct Pass : RowPass<T, W> {
       pack_part(Source<C, W>{b, p.b.stride_1, p.b.stride_0, r, n, t.factor, nullptr}, t.up, 0, 1);
     }
     if (!p.gain.data) Base::read_columns(p.bias, begin, n, t.bias, padded<C>(n) + panel_width<C>);
-    T* y[high_rows];
+    T* z[high_rows];
     for (int64_t first = s.begin; first < s.end; first += high_rows) {
       const int64_t count = least(high_rows, s.end - first);
       const C* u = p.order ? t.z : ranks(p, p.u, first);
       for (int64_t i = 0; i < count; ++i) {
-        y[i] = static_cast<T*>(p.y) + (p.order ? p.order[first + i] : first + i) * p.n + begin;
+        z[i] = static_cast<T*>(p.z) + (p.order ? p.order[first + i] : first + i) * p.n + begin;
         if (p.order) memcpy(t.z + i * r, Base::row_of_u(p, first + i), r * sizeof(C));
       }
-      gemm_epilogue(count, r, n, u, r, t.up, p.gain.data ? nullptr : t.bias, Store<T, C>{y, n});
+      gemm_epilogue(count, r, n, u, r, t.up, p.gain.data ? nullptr : t.bias, Store<T, C>{z, n});
     }
   }
 
@@ -39,8 +39,8 @@ struct Pass : RowPass<T, W> {
       const Vec<C> gain = parameter_at(p.gain, 0, j, least(L, count));
       const Vec<C> bias = p.bias.data ? parameter_at(p.bias, 0, j, least(L, count)) : Vec<C>{};
       for (int64_t i = begin; i < end; ++i) {
-        T* row = static_cast<T*>(p.y) + i * p.n;
-        store_at<C>(row, j, count, load_at<C>(row, j, count, 1) * gain + bias);
+        const T* row = static_cast<const T*>(p.z) + i * p.n;
+        store_at<C>(static_cast<T*>(p.y) + i * p.n, j, count, load_at<C>(row, j, count, 1) * gain + bias);
       }
     }
   }
@@ -58,17 +58,17 @@ struct Pass : RowPass<T, W> {
     return {t.copy, high_columns};
   }
 
-  // The sums over a block of rows of columns [c, c + n) of grad_y and of grad_y * (y - bias); and gain * grad_y.
-  static void vectors(const Problem& p, const Thread& t, const Operand<C>& g, const T* const* y, T* const* scaled,
+  // The sums over a block of rows of columns [c, c + n) of grad_y and of grad_y * z; and gain * grad_y.
+  static void vectors(const Problem& p, const Thread& t, const Operand<C>& g, const T* const* z, T* const* scaled,
                       int64_t count, int64_t c, int64_t n) {
     C *sums = t.sums + p.r * high_columns, *dots = sums + high_columns;
     for (int64_t j = 0; j < n; j += L) {
-      const Vec<C> bias = load<C>(t.bias + j), gain = load<C>(t.gain + j);
+      const Vec<C> gain = load<C>(t.gain + j);
       Vec<C> total[4] = {}, product[4] = {};
       for (int64_t i = 0; i < count; ++i) {
         const Vec<C> v = load<C>(g.data + i * g.ld + j);
         total[i % 4] += v;
-        if (p.wants[grad_gain]) product[i % 4] += v * (load_at<C>(y[i], c + j, n - j, p.saved_y.step) - bias);
+        if (p.wants[grad_gain]) product[i % 4] += v * load_at<C>(z[i], c + j, n - j, p.saved_z.step);
         if (p.scaled_grad_y) store_at<C>(scaled[i] + c, j, n - j, v * gain);
       }
       store(sums + j, load<C>(sums + j) + ((total[0] + total[1]) + (total[2] + total[3])));
@@ -110,11 +110,10 @@ struct Pass : RowPass<T, W> {
   // Gradients from columns [c, c + n) of grad_y.
   static void over_grad_y(const Problem& p, const Thread& t, const Segment* segments, int64_t many, int64_t c, int64_t n) {
     const bool rest = p.wants[grad_bias] || p.wants[grad_gain] || p.scaled_grad_y;
-    Base::read_columns(p.bias, c, n, t.bias, high_columns);
     Base::read_columns(p.gain, c, n, t.gain, high_columns);
     C *sums = t.sums + p.r * high_columns, *dots = sums + high_columns;
     memset(sums, 0, 2 * high_columns * sizeof(C));
-    const T *g[high_rows], *y[high_rows];
+    const T *g[high_rows], *z[high_rows];
     T* scaled[high_rows];
     for (int64_t k = 0; k < many; ++k) {
       const Segment& s = segments[k];
@@ -126,19 +125,16 @@ struct Pass : RowPass<T, W> {
         if (weight)
           gemm_transposed(p.r, count, n, ranks(p, p.v, begin), p.r, rows.data, rows.ld, begin > s.begin, t.sums, high_columns);
         if (!rest) continue;
-        if (p.wants[grad_gain]) locate_rows(p.saved_y, p.order, begin, count, y);
+        if (p.wants[grad_gain]) locate_rows(p.saved_z, p.order, begin, count, z);
         for (int64_t i = 0; p.scaled_grad_y && i < count; ++i)
           scaled[i] = static_cast<T*>(p.scaled_grad_y) + (p.order ? p.order[begin + i] : begin + i) * p.n;
-        vectors(p, t, rows, y, scaled, count, c, n);
+        vectors(p, t, rows, z, scaled, count, c, n);
       }
       if (weight) write_b(p, t, s.adapter, c, n);
     }
     for (int64_t j = 0; j < n; j += L) {
       if (p.wants[grad_bias]) Base::write(p.bias, p.grads[grad_bias], c + j, load<C>(sums + j), least(L, n - j));
-      if (!p.wants[grad_gain]) continue;
-      // Where the gain is zero y holds nothing but the rounding of bias.
-      const Vec<C> gain = load<C>(t.gain + j), none = broadcast<C>(__builtin_nan(""));
-      Base::write(p.gain, p.grads[grad_gain], c + j, gain != 0 ? load<C>(dots + j) / gain : none, least(L, n - j));
+      if (p.wants[grad_gain]) Base::write(p.gain, p.grads[grad_gain], c + j, load<C>(dots + j), least(L, n - j));
     }
   }
 

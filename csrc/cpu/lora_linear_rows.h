@@ -61,7 +61,7 @@ struct RowPass : Parameters<T, W> {
   struct Thread {
     C *down, *up;         // packed: the weight that takes rows to r columns, in strips, and that which takes those back
     C *factor, *z;        // scale * diagonal; r columns of a block of rows, padded(r) apart
-    C *bias, *gain;       // of the columns at hand, bias with room for a panel
+    C *bias, *gain;       // of the columns at hand; bias in forward alone, with room for a panel
     C* sums;              // (r, high_columns) of a weight gradient, then that many of bias, and of gain
     C *copy, *drawn;      // a block of rows, and the factors of dropout for it
   };
@@ -73,7 +73,7 @@ struct RowPass : Parameters<T, W> {
     t.up = arena.take<C>(packed_size<C>(p.r, columns));
     t.factor = arena.take<C>(padded<C>(p.r));
     t.z = arena.take<C>(high_rows * padded<C>(p.r));
-    t.bias = arena.take<C>(columns + panel_width<C>);
+    t.bias = arena.take<C>(p.backward ? 0 : columns + panel_width<C>);
     t.gain = arena.take<C>(padded<C>(p.n));
     t.sums = arena.take<C>(p.backward ? (p.r + 2) * high_columns : 0);
     t.copy = arena.take<C>(block_size);

@@ -55,9 +55,9 @@ LoraArguments check(const LoraCall& c) {
   return a;
 }
 
-std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight, const Optional& bias,
+std::tuple<Tensor, Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& weight, const Optional& bias,
     const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain, double scale, double dropout_p,
-    const Optional& seed, const Optional& adapter_ids) {
+    const Optional& seed, const Optional& adapter_ids, bool keep_z) {
   LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids});
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = weight.size(0);
@@ -66,16 +66,19 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const Tensor& x, const Tensor& w
   const int64_t shape_u[] = {m, lora_a.size(-2)};
   Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()});
   Tensor u = torch::stable::new_empty(x, {shape_u, 2}, ScalarType::Float);
-  if (m == 0) return {y, u};
+  const int64_t none = 0;
+  Tensor z = keep_z ? torch::stable::new_empty(x, {shape.data(), shape.size()}) : torch::stable::new_empty(x, {&none, 1});
+  if (m == 0) return {y, u, z};
   a.u = Checker{kOp, x}.array(u, "u");
+  if (keep_z) a.z = Checker{kOp, x}.array(z, "z");
   void* out = y.mutable_data_ptr();
   run(kOp, x, [&](auto tag, const Device& device) { return lora_linear_forward<decltype(tag)>(a, out, device); });
-  return {y, u};
+  return {y, u, z};
 }
 
 using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Seven lora_linear_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& y, const Tensor& weight,
+Seven lora_linear_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& u, const Optional& z, const Tensor& weight,
     const Optional& bias, const Tensor& lora_a, const Tensor& lora_b, const Optional& diagonal, const Optional& gain,
     double scale, double dropout_p, const Optional& seed, const Optional& adapter_ids, const std::vector<bool>& output_mask) {
   LoraArguments a = check(LoraCall{x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids});
@@ -87,13 +90,13 @@ Seven lora_linear_bwd_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& 
   FA_CHECK(n == 0 || (u.dim() == 2 && u.size(0) == m && u.size(1) == r && u.scalar_type() == ScalarType::Float), kOp,
       ": u must be (m, r) in float32");
   a.u = checker.array(u, "u");
-  if (y) a.y = checker.rows(*y, "y", n);
+  if (z) a.z = checker.rows(*z, "z", n);
   LoraGradients outputs;
   const Optional inputs[7] = {x, weight, bias, lora_a, lora_b, diagonal, gain};
   Array* const arrays[7] = {&outputs.x, &outputs.weight, &outputs.bias, &outputs.lora_a, &outputs.lora_b, &outputs.diagonal,
       &outputs.gain};
   const std::vector<Tensor> grads = checker.gradients(output_mask, inputs, arrays);
-  FA_CHECK(!outputs.gain.data || y, kOp, ": the gradient of gain needs y");
+  FA_CHECK(!outputs.gain.data || z, kOp, ": the gradient of gain needs z");
   run(kOp, x, [&](auto tag, const Device& device) { return lora_linear_backward<decltype(tag)>(a, outputs, device); });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]};
 }

@@ -164,7 +164,7 @@ struct Extended {
   Weight weight, adapter;  // (n, k) and (g, n, r), or (k, n) and (g, r, n) if the kernel's are transposed
   Vector gain, bias;       // (n,)
   Dropout dropout;         // of the adapter's product
-  void* out;               // (m, n)
+  void *z, *out;           // (m, n): what gain multiplies, nullptr where not kept; and the output
 };
 
 template <class T, int BM, int BN>
@@ -261,7 +261,9 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_extended_kernel(const
         const bool outside = bank.outside(table.slot[at]);
         const float* v = acc[i][j] + half * 2;
         const float first = outside ? nanf("") : a.gain * v[0] + a.bias, second = outside ? nanf("") : b.gain * v[1] + b.bias;
-        store_pair(static_cast<T*>(p.out) + table.row[at] * p.n + column, first, second, p.n % 2 == 0, left);
+        const int64_t place = table.row[at] * p.n + column;
+        if (p.z) store_pair(static_cast<T*>(p.z) + place, v[0], v[1], p.n % 2 == 0, left);
+        store_pair(static_cast<T*>(p.out) + place, first, second, p.n % 2 == 0, left);
       }
   }
 }

@@ -97,13 +97,12 @@ __global__ void __launch_bounds__(kThreads, 3) lora_linear_weight_kernel(const _
   });
 }
 
-// The sums over the rows of each adapter of a, or of a * (b - minus), for each column.
+// The sums over the rows of each adapter of a, or of a * b, for each column.
 struct Sum {
   Groups groups;
   int64_t columns, splits;
   Rows a, b;
   int is_float;  // instead of T
-  Vector minus;
   float* planes;  // (splits, g, columns)
 };
 constexpr int kSums = 3;
@@ -112,15 +111,14 @@ struct Sums {
   Sum of[kSums];
 };
 
-template <class E, class T>
+template <class E>
 __device__ __forceinline__ float sum_of(const Sum& p, Span span, int64_t column) {
   const E *a = static_cast<const E*>(p.a.data) + column * p.a.inner.stride,
           *b = static_cast<const E*>(p.b.data) + column * p.b.inner.stride;
-  const float minus = p.minus.data ? p.minus.at<T>(column) : 0.f;
   return sum_rows(span, [&](int64_t position) {
     const int64_t row = p.groups.row(position);
     const float v = to_float(a[p.a.offset(row)]);
-    return float2{p.b.data ? v * (to_float(b[p.b.offset(row)]) - minus) : v, 0.f};
+    return float2{p.b.data ? v * to_float(b[p.b.offset(row)]) : v, 0.f};
   }).x;
 }
 
@@ -133,16 +131,15 @@ __global__ void __launch_bounds__(kThreads, 4) lora_linear_sums_kernel(const __g
   if (column >= p.columns || adapter >= p.groups.g) return;
   const Span span = split_rows(p.groups, static_cast<int>(adapter), split, p.splits, 1);
   float* plane = p.planes + (split * p.groups.g + adapter) * p.columns;
-  plane[column] = p.is_float ? sum_of<float, T>(p, span, column) : sum_of<T, T>(p, span, column);
+  plane[column] = p.is_float ? sum_of<float>(p, span, column) : sum_of<T>(p, span, column);
 }
 
-// A gradient from its planes: out[a, i, j] = factor / divisor[i] * the sum of planes[s, a, i * row + j * column].
+// A gradient from its planes: out[a, i, j] = factor * the sum of planes[s, a, i * row + j * column].
 struct Reduction {
   int64_t groups, rows, columns, row, column;
   const float* planes;
   int64_t splits, plane;
   float factor;
-  Vector divisor;  // where it is 0 the gradient is NaN
   int is_float;
   void* out;
 };
@@ -160,11 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4) lora_linear_reduce_kernel(const _
   const int64_t size = p.rows * p.columns;
   if (at >= p.groups * size) return;
   const int64_t group = at / size, i = at % size / p.columns, j = at % p.columns;
-  float v = p.factor * add_planes(p.planes + group * size + i * p.row + j * p.column, p.splits, p.plane);
-  if (p.divisor.data) {
-    const float divisor = p.divisor.at<T>(i);
-    v = divisor == 0.f ? nanf("") : v / divisor;
-  }
+  const float v = p.factor * add_planes(p.planes + group * size + i * p.row + j * p.column, p.splits, p.plane);
   store_gradient<T>(p.out, p.is_float, at, v);
 }
 

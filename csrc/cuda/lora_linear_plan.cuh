@@ -7,9 +7,9 @@
 
 namespace fastadapt {
 
-// u is read in backward, written in forward; y is read for the gradient of gain.  grad_y is absent in forward.
+// u is read in backward, written in forward; so is z, for the gradient of gain.  grad_y is absent in forward.
 struct LoraArguments {
-  Array x, grad_y, y, u, weight, bias, lora_a, lora_b, diagonal, gain, ids;
+  Array x, grad_y, z, u, weight, bias, lora_a, lora_b, diagonal, gain, ids;
   const int64_t* seed;
   float scale;
   double dropout_p;
@@ -108,7 +108,7 @@ const char* lora_linear_forward(const LoraArguments& a, void* y, const Device& d
   if (plan.error) return plan.error;
   void* work = plan.work();
   plan.template narrow<false>(plan.x, plan.k, a.lora_a, plan.dropout, static_cast<float*>(a.u.data), work);
-  Extended p{plan.bank, plan.m, plan.n, plan.k, plan.x, work, {}, {}, as_vector(a.gain), as_vector(a.bias), {}, y};
+  Extended p{plan.bank, plan.m, plan.n, plan.k, plan.x, work, {}, {}, as_vector(a.gain), as_vector(a.bias), {}, a.z.data, y};
   plan.extended(p, Matrix(a.weight), Matrix(a.lora_b));
   return nullptr;
 }
@@ -142,15 +142,15 @@ struct LoraReduction {
     reduce_blocks = std::max(reduce_blocks, divide_up(reduction.groups * reduction.rows * reduction.columns, kThreads));
     reductions.of[reductions.count++] = reduction;
   }
-  // out = factor / divisor * the sums of a, or of a * (b - minus), over the rows of each of the groups.
-  void sum(const Array& out, const Groups& groups, int64_t columns, const Rows& a, const Rows& b, int is_float, Vector minus,
-      float factor, Vector divisor) {
+  // out = factor * the sums of a, or of a * b, over the rows of each of the groups.
+  void sum(const Array& out, const Groups& groups, int64_t columns, const Rows& a, const Rows& b, int is_float,
+      float factor) {
     const int64_t blocks = divide_up(columns, kThreads) * groups.g, splits = split_count(blocks, plan.m, 64, plan.device);
     sum_blocks = std::max(sum_blocks, blocks * splits);
     const int64_t plane = groups.g * columns;
     float* planes = plan.floats(splits * plane);
-    sums.of[sums.count++] = Sum{groups, columns, splits, a, b, is_float, minus, planes};
-    reduce(out, Reduction{groups.g, columns, 1, 1, 0, planes, splits, plane, factor, divisor, 0, nullptr});
+    sums.of[sums.count++] = Sum{groups, columns, splits, a, b, is_float, planes};
+    reduce(out, Reduction{groups.g, columns, 1, 1, 0, planes, splits, plane, factor, 0, nullptr});
   }
   // out = drop(rows).T @ work for each adapter, or its transpose.  Returns how many blocks that takes.
   int64_t product(Product& p, const Array& out, int columns, const Rows& rows, const void* work, const Dropout& drop,
@@ -160,8 +160,8 @@ struct LoraReduction {
     const float factor = drop.threshold ? drop.scale : 1.f;
     const int64_t plane = g * columns * plan.r;
     p.planes = plan.floats(p.splits * plane);
-    if (transposed) reduce(out, Reduction{g, plan.r, columns, 1, plan.r, p.planes, p.splits, plane, factor, {}, 0, nullptr});
-    else reduce(out, Reduction{g, columns, plan.r, plan.r, 1, p.planes, p.splits, plane, factor, {}, 0, nullptr});
+    if (transposed) reduce(out, Reduction{g, plan.r, columns, 1, plan.r, p.planes, p.splits, plane, factor, 0, nullptr});
+    else reduce(out, Reduction{g, columns, plan.r, plan.r, 1, p.planes, p.splits, plane, factor, 0, nullptr});
     return blocks * p.splits;
   }
   void run(int64_t product_blocks) const {
@@ -179,9 +179,9 @@ struct LoraReduction {
 template <class T>
 const char* lora_linear_backward(const LoraArguments& a, const LoraGradients& o, const Device& device) {
   const LoraPlan<T> plan(a, device, o.lora_a.data || o.lora_b.data || o.diagonal.data);
-  Rows y, u;
+  Rows z, u;
   if (plan.error) return plan.error;
-  if (!as_rows<T>(y, a.y) || !as_rows<float>(u, a.u)) return "more than 8 leading dims that can't be joined";
+  if (!as_rows<T>(z, a.z) || !as_rows<float>(u, a.u)) return "more than 8 leading dims that can't be joined";
   const bool needs_t = o.x.data || o.lora_a.data || o.diagonal.data;
   const Rows grad = needs_t || o.weight.data || o.lora_b.data ? gained(plan) : plan.grad_y;
   LoraReduction<T> sums(plan);
@@ -191,7 +191,7 @@ const char* lora_linear_backward(const LoraArguments& a, const LoraGradients& o,
     void* grad_u = o.x.data || o.lora_a.data ? plan.work() : nullptr;
     plan.template narrow<true>(grad, plan.n, a.lora_b, Dropout{}, t, grad_u);
     if (o.x.data) {
-      Extended p{plan.bank, plan.m, plan.k, plan.n, grad, grad_u, {}, {}, {}, {}, plan.dropout, o.x.data};
+      Extended p{plan.bank, plan.m, plan.k, plan.n, grad, grad_u, {}, {}, {}, {}, plan.dropout, nullptr, o.x.data};
       plan.extended(p, Matrix(a.weight).transposed(), Matrix(a.lora_a).transposed());
     }
     if (o.lora_a.data)
@@ -199,7 +199,7 @@ const char* lora_linear_backward(const LoraArguments& a, const LoraGradients& o,
     if (o.diagonal.data) {
       Rows rows{t, Inner{1, 0}, 1, {}, {}};
       rows.size[0] = plan.m, rows.stride[0] = plan.r;
-      sums.sum(o.diagonal, plan.bank.groups, plan.r, rows, u, true, {}, a.scale, {});
+      sums.sum(o.diagonal, plan.bank.groups, plan.r, rows, u, true, a.scale);
     }
   }
   if (o.lora_b.data) {
@@ -212,8 +212,8 @@ const char* lora_linear_backward(const LoraArguments& a, const LoraGradients& o,
     launch_over(divide_up(p.n, kN) * divide_up(p.k, kN), lora_linear_weight_kernel<T>, Outer<T>::kBytes, device, p);
   }
   const Groups all{1, plan.m, nullptr, nullptr, nullptr};
-  if (o.bias.data) sums.sum(o.bias, all, plan.n, plan.grad_y, Rows{}, false, {}, 1.f, {});
-  if (o.gain.data) sums.sum(o.gain, all, plan.n, plan.grad_y, y, false, as_vector(a.bias), 1.f, as_vector(a.gain));
+  if (o.bias.data) sums.sum(o.bias, all, plan.n, plan.grad_y, Rows{}, false, 1.f);
+  if (o.gain.data) sums.sum(o.gain, all, plan.n, plan.grad_y, z, false, 1.f);
   sums.run(blocks);
   return nullptr;
 }

@@ -26,20 +26,21 @@ def without_autocast(t: Tensor):
 def row_norms(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor = 1.0, diagonal: Tensor | None = None
 ) -> Tensor:
-    """``||weight + scale * lora_b @ diag(diagonal) @ lora_a||`` of every row, without that matrix and without gradient.
+    """``||weight + scale * lora_b @ diag(diagonal) @ lora_a||`` of every row, without gradient.
 
-    ``||w + u||^2 = ||w||^2 + 2 <w, u> + ||u||^2``, where with ``P = scale * lora_b @ diag(diagonal)`` the last two are the
-    row sums of ``(weight @ lora_a.T) * P`` and of ``(P @ (lora_a @ lora_a.T)) * P``. Source: Liu et al. 2024, "DoRA".
+    A block of rows at a time. To expand the square instead would be as many multiplications, but cancel: where the rows of
+    ``lora_a`` are alike, or the update takes most of a row away, norms would err by up to thousands of units in the last
+    place. Source: Liu et al. 2024, "DoRA".
     """
     with torch.no_grad(), without_autocast(weight):
         wide = torch.promote_types(weight.dtype, torch.float32)
-        a = lora_a.to(wide)
-        update = scale * (lora_b.to(wide) if diagonal is None else lora_b.to(wide) * diagonal)
-        gram = a @ a.T
-        square = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        # In 16 bits it would err as much as the adapter changes a norm in a step; and not the whole weight in float32 at once.
-        mixed = torch.cat([rows.to(wide) @ a.T for rows in weight.split(max(1, 2**22 // max(1, weight.shape[1])))])
-        return (square + ((2 * mixed + update @ gram) * update).sum(1)).clamp(min=0).sqrt()
+        # In 16 bits a norm would err as much as the adapter changes it in a step.
+        a, b = lora_a.to(wide), lora_b.to(wide)
+        b = scale * (b if diagonal is None else b * diagonal)
+        # 1 MiB of float32 on a CPU, for its second-level cache; on a GPU 16 MiB, since each block is a few launches.
+        rows = max(1, (2**18 if weight.is_cpu else 2**22) // max(1, weight.shape[1]))
+        sums = (torch.addmm(block.to(wide), update, a) for block, update in zip(weight.split(rows), b.split(rows)))
+        return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in sums])
 
 
 def lora_linear_reference(
@@ -84,15 +85,17 @@ def _saved_shape(x, lora_a):
 
 
 def _fwd_fake(x, weight, bias, lora_a, *args):
+    *args, keep_z = args
     for t in (weight, bias, lora_a, *args):
         if isinstance(t, Tensor) and t.device != x.device:  # one meta tensor among real ones would otherwise end up here
             raise ValueError(f"all tensors must be on {x.device} like x, got one on {t.device}")
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(_saved_shape(x, lora_a), dtype=wide)
+    shape = *x.shape[:-1], weight.shape[0]
+    return x.new_empty(shape), x.new_empty(_saved_shape(x, lora_a), dtype=wide), x.new_empty(shape if keep_z else 0)
 
 
 def _bwd_fake(
-    grad_y, x, u, y, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids, output_mask
+    grad_y, x, u, z, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids, output_mask
 ):  # fmt: skip
     inputs = (x, weight, bias, lora_a, lora_b, diagonal, gain)
     return tuple(t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in zip(inputs, output_mask))
@@ -112,18 +115,20 @@ def _unsupported(backend, args):
 
 
 # ``u = dropout(x) @ lora_a.T`` is float32 (float64 for float64), one row for each row of ``x``; it is what backward needs
-# beside the arguments, and ``y`` for the gradient of ``gain``. With ``adapter_ids`` ``lora_a``, ``lora_b`` and ``diagonal`` are
-# banks, and a row of ``u`` is that of the row's own adapter, zero where it has none. The gradients of ``_bwd`` come in the
-# order of ``output_mask``: x, weight, bias, lora_a, lora_b, diagonal, gain; those not wanted have shape (0,).
+# beside the arguments, and for the gradient of ``gain`` ``z``: ``y`` before ``gain`` and ``bias``, of shape (0,) without
+# ``keep_z``. To take it from ``y`` would divide the rounding of ``bias`` by ``gain``. With ``adapter_ids`` ``lora_a``,
+# ``lora_b`` and ``diagonal`` are banks, and a row of ``u`` is that of the row's own adapter, zero where it has none. The
+# gradients of ``_bwd`` come in the order of ``output_mask``: x, weight, bias, lora_a, lora_b, diagonal, gain; those not wanted
+# have shape (0,).
 _fwd = Leaf(
     "lora_linear_fwd",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}) -> (Tensor y, Tensor u)",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_PARAMETERS}, bool keep_z) -> (Tensor y, Tensor u, Tensor z)",
     _fwd_fake,
     _unsupported,
 )
 _bwd = Leaf(
     "lora_linear_bwd",
-    f"(Tensor grad_y, Tensor x, Tensor u, Tensor? y, Tensor weight, Tensor? bias, {_PARAMETERS}, bool[7] output_mask) -> "
+    f"(Tensor grad_y, Tensor x, Tensor u, Tensor? z, Tensor weight, Tensor? bias, {_PARAMETERS}, bool[7] output_mask) -> "
     "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b, Tensor grad_diagonal, "
     "Tensor grad_gain)",
     _bwd_fake,
@@ -150,29 +155,29 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, constants, x, weight, bias, lora_a, lora_b, diagonal, gain, seed, adapter_ids):
         ctx.constants = backend, scale, dropout_p, packed = constants
-        y, u = getattr(_fwd, backend)(x, weight, bias, lora_a, lora_b, diagonal, gain, scale, dropout_p, seed, adapter_ids)
-        y_for_gain = y if ctx.needs_input_grad[7] else None
+        keep_z, shared = ctx.needs_input_grad[7], (scale, dropout_p, seed, adapter_ids)
+        y, u, z = getattr(_fwd, backend)(x, weight, bias, lora_a, lora_b, diagonal, gain, *shared, keep_z)
         kept = weight if packed is None else None  # a quantised weight stays quantised until backward
-        ctx.save_for_backward(x, u, y_for_gain, kept, bias, lora_a, lora_b, diagonal, gain, seed, adapter_ids)
+        ctx.save_for_backward(x, u, z if keep_z else None, kept, bias, lora_a, lora_b, diagonal, gain, seed, adapter_ids)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_y):
-        x, u, y, weight, *inputs, seed, adapter_ids = ctx.saved_tensors
+        x, u, z, weight, *inputs, seed, adapter_ids = ctx.saved_tensors
         backend, scale, dropout_p, packed = ctx.constants
         mask = list(ctx.needs_input_grad[1:8])
         weight = weight if packed is None else dense(packed, x.dtype)
         shared = scale, dropout_p, seed, adapter_ids
-        outputs = getattr(_bwd, backend)(grad_y, x, u, y, weight, *inputs, *shared, mask) if any(mask) else ()
+        outputs = getattr(_bwd, backend)(grad_y, x, u, z, weight, *inputs, *shared, mask) if any(mask) else ()
         return (None, *(g if wanted else None for g, wanted in zip(outputs or mask, mask)), None, None)
 
 
 def _arguments(
     x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids
 ):  # fmt: skip
-    """The arguments of the forward leaf: DoRA as a gain of the output, a scale that is a tensor as a diagonal, and one bias,
-    which that of a bank has no part in."""
+    """The arguments of the forward leaf but ``keep_z``: DoRA as a gain of the output, a scale that is a tensor as a diagonal,
+    and one bias, which that of a bank has no part in."""
     gain = None if magnitude is None else magnitude / row_norms(dense(weight, x.dtype), lora_a, lora_b, scale, diagonal)
     if lora_bias is not None and adapter_ids is None:
         added = scale * lora_bias.to(torch.promote_types(x.dtype, torch.float32))
@@ -279,9 +284,9 @@ def lora_linear(
 
     ``gain`` is 1, or with ``magnitude`` that of DoRA: ``magnitude / ||weight + scale * lora_b @ diag(diagonal) @ lora_a||``,
     each row's norm, which is not differentiated. Backward saves ``x``, ``dropout(x) @ lora_a.T`` (float32, r numbers a row) and
-    the seed of dropout; for the gradient of ``magnitude`` also ``y``. Frozen arguments cost no gradient. Under autocast ``x``,
-    ``weight`` and ``bias`` are cast, as for a linear layer. Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA: a
-    scale of alpha / sqrt(r)), Zhang et al. 2023 (AdaLoRA: ``diagonal``), Liu et al. 2024 (DoRA).
+    the seed of dropout; for the gradient of ``magnitude`` also ``y`` before ``gain`` and ``bias``. Frozen arguments cost no
+    gradient. Under autocast ``x``, ``weight`` and ``bias`` are cast, as for a linear layer. Sources: Hu et al. 2021 (LoRA),
+    Kalajdzievski 2023 (rsLoRA: a scale of alpha / sqrt(r)), Zhang et al. 2023 (AdaLoRA: ``diagonal``), Liu et al. 2024 (DoRA).
 
     Args:
         x: ``(..., k)``, any strides; float16, bfloat16, float32, or float64 on the CPU.
@@ -295,7 +300,7 @@ def lora_linear(
         dropout_p: probability in [0, 1) that an element of ``x`` is dropped for the LoRA branch, in steps of 1 / 65536; the
             others grow by the inverse of the probability to stay. The layer in front of ``lora_a`` alone sees it.
         dropout_seed: 0-d int64 tensor that fixes the dropped elements; None draws one from torch's generator.
-        magnitude: ``(n,)`` of DoRA, not with a bank. An element that is exactly 0 gets the gradient NaN.
+        magnitude: ``(n,)`` of DoRA, not with a bank.
         lora_bias: ``(n,)``, added to the LoRA branch before ``scale``. That of a bank is ``(g, n)`` and costs a pass over the
             output, which it is added to after that is rounded.
         diagonal: ``(r,)``, between ``lora_a`` and ``lora_b``; that of a bank ``(g, r)``.
@@ -309,10 +314,10 @@ def lora_linear(
     Returns:
         ``(..., n)``, contiguous, dtype of ``x``; products accumulate in float32 (float64 for float64).
 
-    Rounding, with a 16-bit ``x``: the output and the gradients once, at their end; the gradient of ``magnitude`` comes from the
-    rounded output. Matrix units (every GPU backend) also round
-    what they multiply to the dtype of ``x``: float32 parameters, ``scale * diagonal * u``; in backward ``gain * grad_y``, and
-    the gradient of ``u``. On a CPU PyTorch's own product of ``x`` and ``weight`` (which copies rows that form no matrix) is
+    Rounding, with a 16-bit ``x``: the output and the gradients once, at their end; that of ``magnitude`` comes from
+    ``y`` before ``gain`` and ``bias``, which is rounded as well. Matrix units (every GPU backend) also round what they multiply
+    to the dtype of ``x``: float32 parameters, ``scale * diagonal * u``; in backward ``gain * grad_y``, and the gradient of
+    ``u``. On a CPU PyTorch's own product of ``x`` and ``weight`` (which copies rows that form no matrix) is
     added to the LoRA branch after that is rounded, and in backward to the branch's gradient of ``x``. The rows of ``y`` don't
     depend on each other; but in CUDA C++ a bank's adapter with weights that aren't finite may spoil rows of other adapters.
 
@@ -355,7 +360,7 @@ def lora_linear(
         if needs_grad(*tensors):
             y = LoRALinear.apply((name, scale_value, dropout_p, packed), *tensors, seed, adapter_ids)
         else:
-            y = getattr(_fwd, name)(*args)[0]
+            y = getattr(_fwd, name)(*args, False)[0]
         return y if lora_bias is None or adapter_ids is None else _add_lora_bias(y, lora_bias, given[5], adapter_ids)
     except Exception:
         if checked and adapter_ids is None:

@@ -23,7 +23,7 @@ ROUNDING = emulated("everything-bfloat16 and test_rounds_where_the_docstring_say
 FAR = Rung("tests/test_far_rows.py", "test_emulated_cuda and lora_linear", plugins=KEPT, edits=ONLY_BFLOAT16)
 SPLITS = emulated("many-rows-float32 and test_matches_reference", edits=ONLY_FLOAT32)
 MASK = Rung("tests/test_cuda_lora_linear.py", "test_mask_of_any_row")
-GAIN = Rung("tests/test_cuda_lora_linear.py", "test_gain_of_zero", plugins=KEPT, edits=ONLY_BFLOAT16)
+SMALL = Rung("tests/test_cuda_lora_linear.py", "test_small_magnitudes", plugins=KEPT, edits=ONLY_BFLOAT16)
 CHUNKS = Rung("tests/test_cuda_lora_linear.py", "test_depth_of_several_chunks and bfloat16", plugins=KEPT, edits=ONLY_BFLOAT16)
 BANKED = emulated("bank-with-everything-bfloat16 and test_matches_reference")
 SORTED = emulated("bank-sorted-bfloat16 and test_matches_reference")
@@ -88,8 +88,8 @@ MUTANTS = (
         [(FWD, "    sum *= p.factor;\n", "    sum = to_float(from_float<T>(sum)) * p.factor;\n")],
     ),
     Mutant(
-        "rounding divided by a gain of zero", "NaN swallowed", {GAIN: "assert"},
-        [(BWD, 'v = divisor == 0.f ? nanf("") : v / divisor;', "v = v / divisor;")],
+        "gradient of gain from what it has multiplied", "missing term", {SMALL: ERROR.format("magnitude")},
+        [(FWD, "static_cast<T*>(p.z) + place, v[0], v[1],", "static_cast<T*>(p.z) + place, first, second,")],
     ),
     Mutant(
         "every split writes one plane", "race", {SPLITS: "error|not finite"},
@@ -105,7 +105,7 @@ MUTANTS = (
     ),
     Mutant(
         "sorted rows stored where they stand", "wrong row of a bank", {SORTED: OUTPUT},
-        [(FWD, "static_cast<T*>(p.out) + table.row[at] * p.n", "static_cast<T*>(p.out) + (row0 + at) * p.n")],
+        [(FWD, "place = table.row[at] * p.n", "place = (row0 + at) * p.n")],
     ),
     Mutant(
         "a row of the next adapter added", "wrong row of a bank", {BANKED: ERROR.format("lora_a")},

@@ -41,7 +41,7 @@ MUTANTS = (
     ),
     Mutant(  # the reference takes the norm from the same function
         "norm of the frozen rows alone", "missing term", {PEFT: "(l2|max) error"},
-        [(OP, "(square + ((2 * mixed + update @ gram) * update).sum(1))", "square")],
+        [(OP, "torch.addmm(block.to(wide), update, a)", "block.to(wide)")],
     ),
     Mutant(
         "norm differentiated", "missing term", {PEFT: "(l2|max) error"},

@@ -57,10 +57,10 @@ MUTANTS = (
             (FWD, "        acc *= tl.load(gain_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]\n", "        pass\n"),
             (
                 FWD,
-                "    tl.store(out_ptr + rows[:, None] * n",
+                "    tl.store(out_ptr + places",
                 "    if gain_ptr is not None:\n"
                 "        acc *= tl.load(gain_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]\n"
-                "    tl.store(out_ptr + rows[:, None] * n",
+                "    tl.store(out_ptr + places",
             ),
         ],
     ),

@@ -197,13 +197,14 @@ BAD = (
 def leaf_args(arguments):
     names = lora_linear.arguments.__code__.co_varnames[: lora_linear.arguments.__code__.co_argcount]
     defaults = {"scale": 1.0, "dropout_p": 0.0}
-    return lora_linear.arguments(*(arguments.get(name, defaults.get(name)) for name in names))
+    args = lora_linear.arguments(*(arguments.get(name, defaults.get(name)) for name in names))
+    return *args, arguments.get("magnitude") is not None  # as where all is trained
 
 
 def bwd_leaf_args(grad_y, args, mask):
     """What forward saves is drawn: those who call this look at shapes, dtypes and addresses."""
-    y, u = _fwd.fake(*args)
-    return (grad_y, args[0], torch.randn_like(u), torch.randn_like(y), *args[1:], mask)
+    y, u, _ = _fwd.fake(*args)
+    return (grad_y, args[0], torch.randn_like(u), torch.randn_like(y), *args[1:-1], mask)
 
 
 def compiled(dtype, shape, n, r, quick=(), precision="ieee", aligned=True, **options):
@@ -239,17 +240,15 @@ def rounded(a, unit, points):
         shift = scale * a["lora_bias"] * (1.0 if gain is None else gain)
     if a["bias"] is not None:
         shift = shift + a["bias"]
-    def times_gain(y):  # whose gradient comes from the output, as it is rounded
-        kept = (points.value(y * gain + shift) - shift) / gain
-        return y * gain.detach() + kept.detach() * (gain - gain.detach()) + shift
-
     if unit == "matrix":
         y = gradient(frozen + branch)
-        y = y + shift if gain is None else times_gain(y)
+        if gain is not None:  # whose own gradient comes from what is kept
+            y = y * gain.detach() + points.value(y).detach() * (gain - gain.detach())
+        y = y + shift
     elif gain is None:  # on a CPU a library adds the frozen product to what is rounded already
         y = points.value(branch + shift) + frozen
     else:
-        y = times_gain(points.value(points.value(branch) + points.gradient(frozen)))
+        y = gain * points.value(points.value(branch) + points.gradient(frozen)) + shift
     y = y if after is None else points.value(y) + after
     return y.view(*shape[:-1], weight.shape[0])
 
