@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad
 from .bottleneck import _CODES, ACTIVATIONS
+from .lora_linear import without_autocast
 
 Factors = tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]
 
@@ -17,8 +18,11 @@ def kron_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rule(a: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """``a`` itself, or the product of its two factors: element by element, which autocast leaves in its dtype."""
-    return a if isinstance(a, Tensor) else (a[0].unsqueeze(-1) * a[1].unsqueeze(-3)).sum(-2, dtype=a[0].dtype)
+    """``a`` itself, or the product of its two factors in their dtype, under autocast too."""
+    if isinstance(a, Tensor):
+        return a
+    with without_autocast(a[0]):
+        return a[0] @ a[1]
 
 
 def compacter_reference(
@@ -147,8 +151,11 @@ def _arguments(x, down, up, down_bias, up_bias, residual, scale, activation, ada
             raise TypeError(f"{name} must be three factors (a, s, t), got {got}")
     add_x = residual is x
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    down_a, up_a = rule(down[0]), rule(up[0])
+    if up_a is down_a and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd.Function
+        up_a = up_a.view_as(up_a)
     return (
-        x, rule(down[0]), *down[1:], rule(up[0]), *up[1:], down_bias, up_bias, None if add_x else residual, add_x, scale,
+        x, down_a, *down[1:], up_a, *up[1:], down_bias, up_bias, None if add_x else residual, add_x, scale,
         scale_value, _CODES[activation], adapter_ids,
     )  # fmt: skip
 
