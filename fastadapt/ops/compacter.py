@@ -6,7 +6,6 @@ from torch import Tensor
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad
 from .bottleneck import _CODES, ACTIVATIONS
-from .lora_linear import without_autocast
 
 Factors = tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]
 
@@ -18,11 +17,8 @@ def kron_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rule(a: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """``a`` itself, or the product of its two factors in their dtype, under autocast too."""
-    if isinstance(a, Tensor):
-        return a
-    with without_autocast(a[0]):
-        return a[0] @ a[1]
+    """``a`` itself, or the product of its two factors: element by element, which autocast leaves in its dtype."""
+    return a if isinstance(a, Tensor) else (a[0].unsqueeze(-1) * a[1].unsqueeze(-3)).sum(-2, dtype=a[0].dtype)
 
 
 def compacter_reference(
@@ -151,11 +147,8 @@ def _arguments(x, down, up, down_bias, up_bias, residual, scale, activation, ada
             raise TypeError(f"{name} must be three factors (a, s, t), got {got}")
     add_x = residual is x
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    down_a, up_a = rule(down[0]), rule(up[0])
-    if up_a is down_a and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd.Function
-        up_a = up_a.view_as(up_a)
     return (
-        x, down_a, *down[1:], up_a, *up[1:], down_bias, up_bias, None if add_x else residual, add_x, scale,
+        x, rule(down[0]), *down[1:], rule(up[0]), *up[1:], down_bias, up_bias, None if add_x else residual, add_x, scale,
         scale_value, _CODES[activation], adapter_ids,
     )  # fmt: skip
 
@@ -260,6 +253,8 @@ def compacter(
         # A tensor, since a number would be compiled in: one graph a value.
         scale = scale * torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     args = _arguments(x, down, up, down_bias, up_bias, residual, scale, activation, adapter_ids)
+    if args[4] is args[1] and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd.Function
+        args = (*args[:4], args[4].view_as(args[4]), *args[5:])
     name = _fwd.choose(backend, "cpu" if x.is_cpu else x.device.type, args)
     if name != "native" or torch.compiler.is_compiling():
         _check(*args)
