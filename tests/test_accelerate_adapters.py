@@ -21,7 +21,6 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from fastadapt.integrations import adapters_bottleneck  # noqa: E402
 from fastadapt.ops.bottleneck import ACTIVATIONS  # noqa: E402
-from fastadapt.ops.compacter import rule  # noqa: E402
 
 D = 48
 compacter, compacter_plus_plus, double, single, beside, plus = (
@@ -128,7 +127,7 @@ def through_the_rank(x, down, up, *, down_bias, up_bias, residual, scale, activa
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def phm(x, factors, bias):
-        a, s, t = rule(factors[0]).to(wide), *(t.to(wide) for t in factors[1:])
+        a, s, t = (f.to(wide) if isinstance(f, torch.Tensor) else f[0].to(wide) @ f[1].to(wide) for f in factors)
         z = torch.einsum("...ap,ipk->...aik", x.unflatten(-1, (len(a), -1)), s)
         y = torch.einsum("...bik,ikj->...bj", torch.einsum("iab,...aik->...bik", a, z), t).flatten(-2)
         return y if bias is None else y + bias.to(wide)
