@@ -314,7 +314,8 @@ def test_parallel_adapter():
 
 
 def compiled_cases():
-    yield "shared", sharing(2, True), D
+    yield "shared", sharing(2, False), D
+    yield "shared-factorized", sharing(1, True), D
     yield "everything", CompacterAdapter(D, R, **OPTIONS["everything"]), D
     yield "full", CompacterAdapter(D, R, rank=None, norm="pre"), D
     yield "krona", KronALinear(nn.Linear(K, N), rank=2), K
