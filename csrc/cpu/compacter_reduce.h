@@ -56,24 +56,6 @@ struct Reduce : Pass<C> {
 
   static FA_INLINE Dtype dtype_of(const Problem& p, const Parameter& q) { return q.like_x ? p.dtype : Dtype::float32; }
 
-  // <sums, parameter>, where both are chunks.
-  static C dot(const Problem& p, const Parameter& q, int64_t adapter, const C* sums) {
-    const Shape s = Base::shape(p);
-    C total = 0;
-    for (int64_t c = 0; c < s.chunks; ++c)
-      for (int64_t j = 0; j < s.width; j += lanes<C>) {
-        C values[lanes<C>];
-        Parameter at = q;
-        with_dtype<C>(dtype_of(p, q), [&](auto type) {
-          using T = typename decltype(type)::type;
-          const T* data = static_cast<const T*>(at.data) + adapter * q.stride_g + (c * s.width + j) * q.stride;
-          store(values, load_at<C>(data, 0, s.width - j, q.stride) * load<C>(sums + c * padded<C>(s.width) + j));
-        });
-        for (int64_t t = 0; t < least(lanes<C>, s.width - j); ++t) total += values[t];
-      }
-    return total;
-  }
-
   static void finish_adapter(const Problem& p, void* thread, int64_t adapter, void* memory, C& grad_of_scale) {
     const int64_t n = p.n, chunk = p.r / n, width = p.d / n;
     Arena arena(thread), partial_arena(memory);
@@ -98,11 +80,18 @@ struct Reduce : Pass<C> {
     if (sums.t) write_matrix(p.weight_dtype, p.grads[grad_up_t], adapter, n, p.q, width, sums.t, true, wide);
     if (sums.down_bias)
       write_gradient(dtype_of(p, p.down_bias), p.grads[grad_down_bias], adapter * p.r, p.r, sums.down_bias);
-    if (p.wants[grad_scale] && sums.up_bias) grad_of_scale += dot(p, p.up_bias, adapter, sums.up_bias);
-    if (!p.wants[grad_up_bias]) return;
+    if (!sums.up_bias) return;
+    const int64_t columns = n * padded<C>(width);
+    if (p.wants[grad_scale]) {
+      read_parameter<C>(p, p.up_bias, adapter, Base::shape(p), 1, w.up_bias, padded<C>(width));
+      Vec<C> total = {};
+      for (int64_t j = 0; j < columns; j += lanes<C>) total += load<C>(sums.up_bias + j) * load<C>(w.up_bias + j);
+      grad_of_scale += sum<C>(total);
+    }
     const C scale = Base::scale(p);
-    for (int64_t j = 0; j < n * padded<C>(width); ++j) sums.up_bias[j] *= scale;
-    write_chunks(dtype_of(p, p.up_bias), p.grads[grad_up_bias], adapter, Base::shape(p), sums.up_bias);
+    for (int64_t j = 0; j < columns; ++j) sums.up_bias[j] *= scale;
+    if (p.wants[grad_up_bias])
+      write_chunks(dtype_of(p, p.up_bias), p.grads[grad_up_bias], adapter, Base::shape(p), sums.up_bias);
   }
 
   static void finish(const Problem& p, void* thread, const Segment* segments, int64_t count, void* partials) {

@@ -11,9 +11,8 @@ namespace fastadapt::FA_TARGET::compacter {
 using namespace fastadapt::compacter;
 using namespace fastadapt::FA_TARGET::kron;
 
-// A side's rule a[term][outer][inner] and small factor f[term][rank][hidden in chunk], and folded, a row for each (outer, term,
-// rank): a[term][outer][inner] * f[term][rank][j] in column (inner, j). Outer is where the wide factor is: the index of a chunk
-// of x or y.
+// A side's rule a[term][outer][inner] and small factor f[term][rank][hidden in chunk], and both folded: in row (outer, term,
+// rank) and column (inner, j), a[term][outer][inner] * f[term][rank][j]. Outer is the index of a chunk of x or y.
 template <class C>
 struct Side {
   C *rule, *factor, *folded;
@@ -57,7 +56,8 @@ struct Pass {
   }
 
   // With TRANSPOSED, the last two indices of both factors are swapped in memory.
-  static void read_side(const Problem& p, Factor a, Factor f, bool transposed, int64_t adapter, C factor, const Side<C>& side) {
+  static void read_side(const Problem& p, Factor a, Factor f, bool transposed, int64_t adapter, C factor,
+                        const Side<C>& side) {
     const int64_t n = p.n, q = p.q, chunk = p.r / n, ld = folded_stride(p);
     if (transposed) {
       std::swap(a.stride_1, a.stride_2);
@@ -102,9 +102,9 @@ struct Pass {
 
   static FA_INLINE Scratch scratch(const Problem& p, Arena& arena) {
     Scratch s = {};
-    const int64_t block = block_size<C>(shape(p)), ends = (middle(p) + rank_tile) * block_rows, hidden = p.r * block_rows;
-    s.x = arena.take<C>(block);
-    s.other = p.residual.data || p.backward ? arena.take<C>(block) : nullptr;
+    const int64_t ends = (middle(p) + rank_tile) * block_rows, hidden = p.r * block_rows;
+    s.x = arena.take<C>(block_size<C>(p, p.x, shape(p)));
+    if (p.residual.data || p.backward) s.other = arena.take<C>(block_size<C>(p, p.backward ? p.grad_y : p.residual, shape(p)));
     s.z = arena.take<C>(ends);
     s.h = arena.take<C>(ends);
     s.hidden = arena.take<C>(hidden);
@@ -213,9 +213,11 @@ struct Pass {
       product<false, true, C>(middle(p), n, ld, s.grad_h, block_rows, s.transposed, ld, nullptr, sums.up, ld);
     }
     if (!wants_grad_hidden(p)) return;
-    product<true, false, C>(p.r, middle(p), columns, w.up.folded, ld, s.grad_h, block_rows, nullptr, s.grad_hidden, block_rows);
+    product<true, false, C>(p.r, middle(p), columns, w.up.folded, ld, s.grad_h, block_rows, nullptr, s.grad_hidden,
+                            block_rows);
     for (int64_t j = 0; j < p.r * block_rows; j += block_rows)
-      for (int64_t t = j; t < j + columns; t += lanes<C>) store(s.grad_hidden + t, load<C>(s.grad_hidden + t) * load<C>(s.slope + t));
+      for (int64_t t = j; t < j + columns; t += lanes<C>)
+        store(s.grad_hidden + t, load<C>(s.grad_hidden + t) * load<C>(s.slope + t));
     if (sums.down || sums.down_bias) transpose_block(p.r, s.grad_hidden, block_rows, s.transposed);
     if (sums.down) product<false, true, C>(middle(p), n, ld, s.z, block_rows, s.transposed, ld, nullptr, sums.down, ld);
     for (int64_t j = 0; sums.down_bias && j < ld; j += lanes<C>) {
@@ -224,7 +226,8 @@ struct Pass {
       put(sums.down_bias + j, total, true);
     }
     if (wants_grad_z(p))
-      product<false, false, C>(middle(p), p.r, columns, w.down.folded, ld, s.grad_hidden, block_rows, nullptr, s.z, block_rows);
+      product<false, false, C>(middle(p), p.r, columns, w.down.folded, ld, s.grad_hidden, block_rows, nullptr, s.z,
+                               block_rows);
   }
 
   static void backward(const Problem& p, void* thread, const Segment& segment, void* memory) {

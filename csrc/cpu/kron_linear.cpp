@@ -30,8 +30,8 @@ struct Owner {
   Owner(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& t, const Optional& bias, double scale)
       : in("kron_linear", x) {
     FA_CHECK(a.dim() == 3 && s.dim() == 3 && t.dim() == 3 && a.numel() > 0 && s.numel() > 0 && t.numel() > 0,
-             "kron_linear: a, s and t must be (terms, a_in, a_out), (terms, b_in, q) and (terms, q, b_out), no size zero, got ",
-             shape_of(a.sizes()), ", ", shape_of(s.sizes()), " and ", shape_of(t.sizes()));
+             "kron_linear: a, s and t must be (terms, a_in, a_out), (terms, b_in, q) and (terms, q, b_out) with no size zero",
+             ", got ", shape_of(a.sizes()), ", ", shape_of(s.sizes()), " and ", shape_of(t.sizes()));
     p.m = in.m;
     p.terms = a.size(0);
     p.q = s.size(2);

@@ -48,8 +48,8 @@ struct Pass {
   static FA_INLINE Scratch scratch(const Problem& p, Arena& arena) {
     Scratch s = {};
     const auto ends = [&](const Shape& shape) { return (shape.chunks * ranks(p) + rank_tile) * block_rows; };
-    s.in = arena.take<C>(block_size<C>(p.in));
-    s.out = arena.take<C>(block_size<C>(p.out));
+    s.in = arena.take<C>(block_size<C>(p, p.x, p.in));
+    s.out = arena.take<C>(block_size<C>(p, p.backward ? p.grad_y : p.residual, p.out));
     s.z = arena.take<C>(ends(p.in));
     s.h = arena.take<C>(ends(p.out));
     if (!p.backward) return s;

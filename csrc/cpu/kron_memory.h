@@ -45,11 +45,14 @@ struct Block {
 };
 
 template <class C>
-FA_INLINE int64_t block_size(const Shape& s) { return block_rows * s.chunks * padded<C>(s.width); }
-
-template <class C>
 FA_INLINE bool stays(const Call& call, const Rows& rows, const Shape& s) {
   return is_compute<C>(call.dtype) && rows.step == 1 && s.width % lanes<C> == 0;
+}
+
+// Scratch for a block of rows, and for one of an output of that shape: where the rows stay, so does the output.
+template <class C>
+FA_INLINE int64_t block_size(const Call& call, const Rows& rows, const Shape& s) {
+  return stays<C>(call, rows, s) ? 0 : block_rows * s.chunks * padded<C>(s.width);
 }
 
 template <class C>
@@ -134,7 +137,8 @@ void read_factor(const Call& call, const Factor& f, int64_t adapter, int64_t ter
     for (int64_t i = 0; i < terms; ++i)
       for (int64_t j = 0; j < rows; ++j, out += columns) {
         const auto* row = data + i * f.stride_0 + j * f.stride_1;
-        for (int64_t k = 0; k < columns; k += lanes<C>) store_at<C>(out, k, columns - k, load_at<C>(row, k, columns - k, f.stride_2));
+        for (int64_t k = 0; k < columns; k += lanes<C>)
+          store_at<C>(out, k, columns - k, load_at<C>(row, k, columns - k, f.stride_2));
       }
   });
 }
@@ -152,7 +156,7 @@ FA_INLINE int64_t matrix_stride(int64_t width) { return (ceil_div(width, lanes<C
 template <class C>
 FA_INLINE int64_t matrix_size(int64_t ranks, int64_t width) { return round_up(ranks, rank_tile) * matrix_stride<C>(width); }
 
-// Element (term, rank, column) of f at term * stride_0 + rank * rank_stride + column * column_stride; in place where it lies so.
+// Element (term, rank, column) of f at term * stride_0 + rank * rank_stride + column * column_stride; in place if it lies so.
 template <class C>
 Matrix<C> read_matrix(const Call& call, const Factor& f, int64_t rank_stride, int64_t column_stride, int64_t adapter,
                       int64_t terms, int64_t q, int64_t width, C* out) {

@@ -30,8 +30,8 @@ void reduce(const Problem& p, const Segment* segments, int64_t count, void* part
 // Writes sums[(term, rank)][column] as the gradient of a factor (terms, columns, q), or with `by_rank` (terms, q, columns).
 // `scratch` has columns * q elements.
 template <class C>
-void write_matrix(Dtype dtype, void* out, int64_t adapter, int64_t terms, int64_t q, int64_t width, const C* sums, bool by_rank,
-                  C* scratch) {
+void write_matrix(Dtype dtype, void* out, int64_t adapter, int64_t terms, int64_t q, int64_t width, const C* sums,
+                  bool by_rank, C* scratch) {
   const int64_t ld = matrix_stride<C>(width), size = q * width;
   for (int64_t i = 0; i < terms; ++i) {
     const int64_t at = (adapter * terms + i) * size;

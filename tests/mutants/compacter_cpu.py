@@ -41,7 +41,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of the scale without the bias's share", "missing term", {EVERYTHING: GRAD.format("scale")},
-        [(REDUCE, "if (p.wants[grad_scale] && sums.up_bias) grad_of_scale", "if (!sums.up_bias) grad_of_scale")],
+        [(REDUCE, "grad_of_scale += sum<C>(total);", "")],
     ),
     Mutant(
         "down bias of the first adapter for all", "wrong row of a bank", {BANK: OUTPUT},
@@ -51,8 +51,10 @@ MUTANTS = (
         "rows without an adapter adapted", "id -1 not honoured", {BANK: OUTPUT},
         [(
             ROWS,
-            "if (adapts) read_weights(p, segment.adapter, w);\n    const Rows out{p.y,",
-            "const bool adapts = true;\n    read_weights(p, segment.adapter < 0 ? 0 : segment.adapter, w);\n    const Rows out{p.y,",
+            "const bool adapts = segment.adapter >= 0;\n    if (adapts) read_weights(p, segment.adapter, w);\n"
+            "    const Rows out{p.y,",
+            "const bool adapts = true;\n    read_weights(p, segment.adapter < 0 ? 0 : segment.adapter, w);\n"
+            "    const Rows out{p.y,",
         )],
     ),
     Mutant(
