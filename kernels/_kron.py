@@ -1,7 +1,8 @@
 """What the Triton kernels of compacter and kron_linear share: rows that pass through the ranks of Kronecker products, and the
 sums over rows that the gradients of factors are made of.
 
-Ranks are float32, and so are all products of them: of 16-bit rows by tensor cores in three products of TensorFloat-32.
+Ranks are float32, and so are all products of them. Tensor cores multiply 16-bit rows, which TensorFloat-32 holds exactly, by
+the three parts of a float32 factor, and ranks by factors in three products out of four.
 """
 
 import torch
@@ -33,6 +34,31 @@ def factor_offsets(ks, stride_i, stride_k, Q: tl.constexpr):
 
 
 @triton.jit
+def tf32_part(values):
+    """``values`` cut to the bits that TensorFloat-32 holds."""
+    return (values.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rows_dot(rows, factor, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc`` plus rows times a factor. ``EXACT``: the rows are 16 bits wide."""
+    exact: tl.constexpr = EXACT and PRECISION == "tf32x3"
+    factor32 = factor.to(tl.float32)
+    if not exact:
+        acc = tl.dot(rows.to(tl.float32), factor32, acc, input_precision=PRECISION)
+    else:
+        if factor.dtype == tl.float32:
+            high = tf32_part(factor32)
+            rest = tl.where(high == factor32, 0.0, factor32 - high)  # of an infinity too
+            middle = tf32_part(rest)
+            acc = tl.dot(rows.to(tl.float32), rest - middle, acc, input_precision="tf32")
+            acc = tl.dot(rows.to(tl.float32), middle, acc, input_precision="tf32")
+            factor32 = high
+        acc = tl.dot(rows.to(tl.float32), factor32, acc, input_precision="tf32")
+    return acc
+
+
+@triton.jit
 def project_chunk(
     ptr, offsets, inside, stride_d, first, width, weight_ptr, stride_p, stride_i, stride_k, Q: tl.constexpr, K: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
@@ -45,10 +71,10 @@ def project_chunk(
         cols = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         valid = cols < width
         tile_ptrs = ptr + offsets[:, None] + (first + cols)[None, :] * stride_d
-        tile = tl.load(tile_ptrs, mask=inside[:, None] & valid[None, :], other=0.0).to(tl.float32)
+        tile = tl.load(tile_ptrs, mask=inside[:, None] & valid[None, :], other=0.0)
         weight_ptrs = weight_ptr + cols[:, None] * stride_p + weight_offsets[None, :]
-        weight = tl.load(weight_ptrs, mask=valid[:, None] & present[None, :], other=0.0).to(tl.float32)  # [BLOCK_P, BLOCK_K]
-        acc = tl.dot(tile, weight, acc, input_precision=PRECISION)
+        weight = tl.load(weight_ptrs, mask=valid[:, None] & present[None, :], other=0.0)  # [BLOCK_P, BLOCK_K]
+        acc = rows_dot(tile, weight, acc, ptr.dtype.element_ty != tl.float32, PRECISION)
     if K != BLOCK_K:  # the padding of an infinite row is 0 * inf
         acc = tl.where(present[None, :], acc, 0.0)
     return acc
@@ -95,13 +121,13 @@ def kron_bwd_columns_kernel(
             rows = tl.load(order_ptr + positions, mask=inside, other=0)
         offsets = row_offsets(rows, inside, left_table_ptr, left_stride_m)
         left_ptrs = left_ptr + offsets[:, None] + cols[None, :] * left_stride_d
-        left = tl.load(left_ptrs, mask=inside[:, None] & valid[None, :], other=0.0).to(tl.float32)
+        left = tl.load(left_ptrs, mask=inside[:, None] & valid[None, :], other=0.0)
         if sums_ptr is not None:
-            sums += tl.sum(left, 0)
+            sums += tl.sum(left.to(tl.float32), 0)
         if planes_ptr is not None:
             right_ptrs = right_ptr + positions[:, None] * right_stride_m + part * right_stride_part + ks[None, :]
             right = tl.load(right_ptrs, mask=inside[:, None] & (ks < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-            acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+            acc = rows_dot(tl.trans(left), right, acc, left_ptr.dtype.element_ty != tl.float32, PRECISION)
     columns = index * parts * width + cols
     if planes_ptr is not None:
         tl.store(planes_ptr + columns[:, None] * K + ks[None, :], acc, mask=valid[:, None] & (ks < K)[None, :])
@@ -157,7 +183,7 @@ def kron_bwd_reduce_kernel(
 
 
 def rank_precision(x: torch.Tensor) -> str:
-    """How float32 ranks are multiplied: in three products of TensorFloat-32 where rows are 16 bits wide."""
+    """How float32 ranks are multiplied. Where rows are 16 bits wide, the tensor cores of NVIDIA are precise enough."""
     return precision(x) if x.element_size() == 4 or shared_memory(x)[1] == 64 else "tf32x3"
 
 
@@ -208,8 +234,8 @@ class Rows:
         table, stride_m, stride_d, order = rows
         kron_bwd_columns_kernel[(tiles * chunks,)](
             left, table, stride_m, stride_d, right, 0 if right is None else right.stride(0), right_stride, planes, sums, order,
-            self.starts, self.m, parts, width, self.g, chunk, K=k, PRECISION=self.precision, BLOCK_K=block_k, BLOCK_M=block_m,
-            BLOCK_P=block_p, num_warps=warps, num_stages=2, enable_fp_fusion=True, **self.groups,
+            self.starts, self.m, parts, width, self.g, chunk, K=k, PRECISION=self.precision, BLOCK_K=block_k,
+            BLOCK_M=block_m, BLOCK_P=block_p, num_warps=warps, num_stages=2, enable_fp_fusion=True, **self.groups,
         )  # fmt: skip
         self.reduce(chunk, chunks, parts, width, planes, sums, k=k, **options)
 

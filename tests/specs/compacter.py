@@ -234,7 +234,8 @@ def fuzz(draw, st):
 BIASES = ("down_bias", "up_bias")
 NUMERICS = Numerics(
     rounded=rounded,
-    predicted=lambda a, unit: ("y", "x", *FACTORS, *BIASES),
+    # Under a 16-bit x a float32 gradient shows how a sum of float32 is rounded.
+    predicted=lambda a, unit: ("y", "x", *FACTORS, *BIASES) if a["x"].dtype == a["down_a"].dtype else ("y", "x"),
     exact=(
         case("integers", shape=(67, 40), r=8, activation="relu", scale=2.0, gain=0.2),
         case("integers-in-a-bank", shape=(2, 6, 40), r=8, g=4, ids=[TOKENS[:6], TOKENS[6:]], activation="relu",
@@ -248,6 +249,7 @@ NUMERICS = Numerics(
         case("many-terms", shape=(40, 96), r=48, n=12, q=2),
     ),
     fuzz=fuzz,
+    largest=1,
     ordered=ordered,
 )
 
@@ -274,7 +276,7 @@ SPEC = OpSpec(
     tiled=(
         case("narrow", shape=(37, 140), r=12, q=2, **EVERYTHING),
         case("wide", shape=(18, 102), r=66, n=3, **EVERYTHING),
-        case("bank", shape=(37, 132), r=24, g=3, ids=[2, -1, 0, *[2] * 34], **EVERYTHING),
+        case("bank", shape=(21, 132), r=24, g=3, ids=[2, -1, 0, *[2] * 18], **EVERYTHING),
     ),
     planted=(
         case("looped", shape=(1100, 200), r=20, **EVERYTHING),

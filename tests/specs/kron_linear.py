@@ -132,7 +132,7 @@ COMPILED = (
     compiled(FP16, "long-r32", leading=(4096,), a=(4, 16), b=(1024, 256), q=32, parameters=FP32, residual=False),
     compiled(FP16, "wide-r128", leading=(4096,), a=(4, 4), b=(256, 256), q=128),
     compiled(FP32, "wide-r128", leading=(4096,), a=(4, 4), b=(256, 256), q=128),
-    compiled(BF16, "odd", leading=(17,), a=(5, 3), b=(13, 17), q=3, aligned=False, **EVERYTHING),
+    compiled(BF16, "odd", leading=(17,), a=(5, 1), b=(13, 17), q=3, aligned=False, **EVERYTHING),
 )
 
 
@@ -163,7 +163,8 @@ def fuzz(draw, st):
 
 NUMERICS = Numerics(
     rounded=rounded,
-    predicted=lambda a, unit: ("y", "x", "a", "s", "t", "bias"),
+    # Under a 16-bit x a float32 gradient shows how a sum of float32 is rounded.
+    predicted=lambda a, unit: ("y", "x", "a", "s", "t", "bias") if a["x"].dtype == a["a"].dtype else ("y", "x"),
     exact=(case("integers", leading=(67,), a=(3, 4), b=(17, 10), q=3, scale=2.0),),
     rows=(),
     alone={},
