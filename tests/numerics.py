@@ -67,7 +67,7 @@ def exact_on_integers(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)
 
     def integers(name, t):
-        largest = 1 if dtype != torch.float32 else 255 if name in spec.activations else 7
+        largest = 1 if dtype != torch.float32 else 255 if name in spec.activations else spec.numerics.largest
         return torch.randint(-largest, largest + 1, t.shape, device=DEVICE).to(t.dtype)
 
     arguments = substitute(arguments, {n: integers(n, t) for n, t in floats(arguments).items()})

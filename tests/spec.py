@@ -59,6 +59,7 @@ class Numerics:
     alone: dict[str, int]  # backend -> the most rows of a call among which a row has the bits that it has alone; else any
     paths: tuple[Case, ...]  # sizes that together take every path of the kernels
     fuzz: Callable  # (draw, hypothesis.strategies) -> a case
+    largest: int = 7  # integer of a parameter in ``exact`` in float32; less where a path multiplies by many parameters
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,7 @@ NUMERICS = Numerics(
         case("many-terms", shape=(40, 96), r=48, n=12, q=2),
     ),
     fuzz=fuzz,
+    largest=1,
 )
 
 SPEC = OpSpec(
