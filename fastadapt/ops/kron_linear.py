@@ -144,6 +144,8 @@ def _arguments(x, a, b, bias, residual, scale):
     """The arguments of the forward leaf: a scale that is a tensor goes into ``a``; ``t`` is None for a dense ``b``."""
     a, (s, t) = rule(a), (b, None) if isinstance(b, Tensor) else b
     if isinstance(scale, Tensor):
+        # In 16 bits the product would be rounded. All factors have one dtype.
+        a, s, t = (f.to(torch.promote_types(f.dtype, torch.float32)) if isinstance(f, Tensor) else f for f in (a, s, t))
         a, scale = scale * a, 1.0
     return x, a, s, t, bias, residual, scale
 
