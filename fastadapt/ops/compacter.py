@@ -7,6 +7,7 @@ from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad
 from .bottleneck import _CODES, ACTIVATIONS
 
+SHARED_FLOATS = 24 * 1024  # in the shared memory of the smallest GPUs
 Factors = tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]
 
 
@@ -73,9 +74,14 @@ def _bwd_fake(
 
 
 def _unsupported(backend, args):
-    x = args[0]
+    x, a, s, t = args[:4]
     if backend == "native" and x.is_cpu:
         return None
+    if backend == "native" and all(isinstance(f, Tensor) and f.dim() > 2 for f in (a, s, t)):
+        # What the backward pass keeps of a row in shared memory: 8 times its numbers of rank space, twice the bottleneck.
+        n, q, chunk = a.shape[-1], s.shape[-1], t.shape[-1]
+        if 8 * n * -(-n * q // 4) * 4 + 2 * n * chunk > SHARED_FLOATS:
+            return f"keeps at most {SHARED_FLOATS} numbers a row, too few for n = {n}, q = {q}, r = {n * chunk}"
     return "does not support float64" if x.dtype == torch.float64 else None
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad
-from .compacter import kron_sum, rule
+from .compacter import SHARED_FLOATS, kron_sum, rule
 
 
 def kron_linear_reference(
@@ -88,6 +88,11 @@ def _unsupported(backend, args):
         return f"computes b = (s, t); a dense b takes PyTorch's own products{order}"
     if backend == "native" and x.is_cpu:
         return None
+    # What the backward pass keeps of a row in shared memory: its numbers of rank space and their gradients.
+    numbers = lambda: 2 * (a.shape[1] + a.shape[2]) * -(-a.shape[0] * s.shape[2] // 4) * 4  # noqa: E731
+    shaped = all(isinstance(factor, Tensor) and factor.dim() == 3 for factor in (a, s))
+    if backend == "native" and shaped and numbers() > SHARED_FLOATS:
+        return f"keeps at most {SHARED_FLOATS} numbers a row, too few for a {tuple(a.shape)} and q = {s.shape[2]}"
     return "does not support float64" if x.dtype == torch.float64 else None
 
 
