@@ -162,7 +162,9 @@ def test_cuda_needs_every_barrier_wait_and_fence(on_cuda, op, once):
     for case in [SPECS[op].case("everything")] if once else SPECS[op].planted:
         run(SPECS[op].op, case.make(torch.bfloat16, "cpu"), backend="native")
     assert not planted.missed()
-    assert planted.reported() == planted.instructions() >= {"bar.sync", "cp.async.wait_group", "cp.async.commit_group"}
+    code = compile_ptx(CUDA / f"{op}.cu", 80)
+    present = {name for name in ("bar.sync", "cp.async.wait_group", "cp.async.commit_group") if name in code}
+    assert planted.reported() == planted.instructions() >= present >= {"bar.sync"}
 
 
 PLANTED_IN_TRITON = {  # text of the PTX of a forward kernel, its replacement, and what is said

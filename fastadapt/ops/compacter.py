@@ -7,6 +7,7 @@ from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad
 from .bottleneck import _CODES, ACTIVATIONS
 
+SHARED_FLOATS = 24 * 1024  # in the shared memory of the smallest GPUs
 Factors = tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor]
 
 
@@ -83,15 +84,19 @@ _MAX_TRITON = 512, 64  # r and n * q: the hidden layer and the ranks of a chunk 
 
 
 def _unsupported(backend, args):
-    x, _, down_s, down_t = args[:4]
+    x, _, s, t = args[:4]
     if backend == "native" and x.is_cpu:
         return None
     if x.dtype == torch.float64:
         return "does not support float64"
-    if backend == "triton" and all(isinstance(t, Tensor) and t.dim() > 2 for t in (down_s, down_t)):
-        n, q, chunk = down_s.shape[-3], down_s.shape[-1], down_t.shape[-1]
-        if n * chunk > _MAX_TRITON[0] or n * q > _MAX_TRITON[1]:
-            return f"supports r up to {_MAX_TRITON[0]} and n * q up to {_MAX_TRITON[1]}, got {n * chunk} and {n * q}"
+    if not all(isinstance(factor, Tensor) and factor.dim() > 2 for factor in (s, t)):
+        return None
+    n, q, r = s.shape[-3], s.shape[-1], s.shape[-3] * t.shape[-1]
+    if backend == "triton" and (r > _MAX_TRITON[0] or n * q > _MAX_TRITON[1]):
+        return f"supports r up to {_MAX_TRITON[0]} and n * q up to {_MAX_TRITON[1]}, got {r} and {n * q}"
+    # What the backward pass keeps of a row in shared memory: 8 times its numbers of rank space, twice the bottleneck.
+    if backend == "native" and 8 * n * -(-n * q // 4) * 4 + 2 * r > SHARED_FLOATS:
+        return f"keeps at most {SHARED_FLOATS} numbers a row, too few for n = {n}, q = {q}, r = {r}"
     return None
 
 

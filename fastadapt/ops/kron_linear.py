@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad
-from .compacter import kron_sum, product
+from .compacter import SHARED_FLOATS, kron_sum, product
 
 
 def kron_linear_reference(
@@ -96,8 +96,14 @@ def _unsupported(backend, args):
         return None
     if x.dtype == torch.float64:
         return "does not support float64"
-    if backend == "triton" and isinstance(s, Tensor) and s.dim() == 3 and s.shape[0] * s.shape[2] > _MAX_TRITON:
-        return f"supports terms * q up to {_MAX_TRITON}, got {s.shape[0] * s.shape[2]}"
+    if not all(isinstance(factor, Tensor) and factor.dim() == 3 for factor in (a, s)):
+        return None
+    terms, a_in, a_out, q = *a.shape, s.shape[2]
+    if backend == "triton" and terms * q > _MAX_TRITON:
+        return f"supports terms * q up to {_MAX_TRITON}, got {terms * q}"
+    # What the backward pass keeps of a row in shared memory: its numbers of rank space and their gradients.
+    if backend == "native" and 2 * (a_in + a_out) * -(-terms * q // 4) * 4 > SHARED_FLOATS:
+        return f"keeps at most {SHARED_FLOATS} numbers a row, too few for a {tuple(a.shape)} and q = {q}"
     return None
 
 

@@ -153,7 +153,7 @@ MUTANTS = (
     ),
     Mutant(
         "relu by maximum", "NaN swallowed", {INFINITE: "spreads otherwise"},
-        [(FWD, "case 0: return z < 0.f ? 0.f : z;", "case 0: return std::fmax(z, 0.f);")],
+        [(HEADERS + "activation.cuh", "case 0: return z < 0.f ? 0.f : z;", "case 0: return std::fmax(z, 0.f);")],
     ),
     Mutant(
         "padded ranks of an infinite row", "zero times infinity", {INFINITE: "spreads otherwise"},

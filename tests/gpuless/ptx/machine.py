@@ -172,8 +172,7 @@ class State:
                 if mask is None:
                     self.hazards.barrier(None, last.number)
                 else:
-                    moves.whole_warps(mask, last.text)
-                    waiting |= mask
+                    waiting |= mask  # lanes that went back to the head of a loop wait there for the others of their warp
             else:
                 target = end if finish is LEAVES else finish
                 taken = guard and np.broadcast_to(guard(self), self.shape)
@@ -198,6 +197,7 @@ class State:
     def release(self, at, waiting):
         """Every lane that still runs waits. A block goes on if all its lanes that haven't left wait at one barrier."""
         where, stopped = at.reshape(-1, self.threads), waiting.reshape(-1, self.threads)
+        moves.whole_warps(waiting, self.code.blocks[at[waiting][0] - 1][3].text)
         first = np.where(stopped, where, -1).max(1, keepdims=True)
         if ((where != first) & stopped).any():
             raise Fault("threads of one block wait at different barriers")

@@ -208,7 +208,7 @@ class Parser:
             self.symbols[shared[2]] = Symbol("shared", start)
             self.shared_bytes = start + int(shared[3])
         elif text.startswith("."):
-            if not re.fullmatch(r'\.pragma "(nounroll|used_bytes_mask 0x\w+)"', text):  # advice to ptxas
+            if not re.fullmatch(r'\.pragma "(nounroll|used_bytes_mask (0x\w+|\d+))"', text):  # advice to ptxas
                 raise Refused(text)
         else:
             guard = re.match(r"@(!?)(%[\w$]+)\s+", text)
