@@ -79,7 +79,7 @@ struct Owner {
   void run(const Arguments& a) {
     std::vector<int64_t> adapters;
     if (p.bank) adapters = in.adapters(*a.adapter_ids);
-    const int64_t work = p.m * p.n * p.q * 2 * (p.d + p.n * p.r);
+    const int64_t work = p.m * (2 * p.n * p.q * (p.d + p.n * p.r) + memory_work * 2 * p.d);
     const int64_t parts = divide(p, work, p.bank ? &adapters : nullptr, rows);
     kron::run(p, kernel(p.dtype), rows, parts);
   }

@@ -127,8 +127,8 @@ struct Pass {
   template <bool GRAD>
   static void hidden(const Problem& p, const Weights<C>& w, int64_t n, const Scratch& s) {
     const int64_t columns = padded<C>(n);
-    product<true, false>(p.r, middle(p), columns, w.down.folded, folded_stride(p), s.z, block_rows, w.down_bias, s.hidden,
-                         block_rows);
+    product<true, false, C>(p.r, middle(p), columns, w.down.folded, folded_stride(p), s.z, block_rows, w.down_bias, s.hidden,
+                            block_rows);
     with_activation(p.activation, [&](auto code) {
       for (int64_t j = 0; j < p.r * block_rows; j += block_rows)
         for (int64_t t = j; t < j + columns; t += lanes<C>) {

@@ -55,8 +55,9 @@ struct Owner {
   int64_t columns() const { return p.out.chunks * p.out.width; }
 
   void run() {
-    const int64_t row = in.columns + p.in.chunks * p.out.chunks + columns();
-    const int64_t parts = divide(p, p.m * p.terms * p.q * row, nullptr, rows);
+    const int64_t ends = in.columns + columns(), between = p.in.chunks * p.out.chunks;
+    const int64_t work = p.m * (p.terms * p.q * (ends + between) + memory_work * ends);
+    const int64_t parts = divide(p, work, nullptr, rows);
     kron::run(p, kernel(p.dtype), rows, parts);
   }
 };

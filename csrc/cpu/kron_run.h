@@ -14,6 +14,9 @@ namespace fastadapt::kron {
 // Rows below which a thread, or a sum of weight gradients, has too little to do.
 constexpr int64_t chunk_rows = 32;
 
+// Multiplications that take as long as an element of a row on its way from or to memory.
+constexpr int64_t memory_work = 8;
+
 // Cuts the rows of a call, which cost `work` multiplications. The chunks of backward, each with sums of its own, must not
 // depend on the number of threads: then neither do the bits.
 inline int64_t divide(Call& call, int64_t work, const std::vector<int64_t>* adapters, Division& rows) {
