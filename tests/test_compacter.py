@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastadapt
-from fastadapt.ops.compacter import _fwd
+from fastadapt.ops.compacter import _fwd, product
 
 from . import numerics
 from .battery import BACKENDS, DEVICE, run
@@ -25,7 +25,7 @@ def test_a_rule_may_be_a_pair_of_factors(backend):
     arguments = call()
     s, t = ([arguments[f"{side}_{name}"] for side in ("down", "up")] for name in "st")
     pairs = [[torch.randn(4, *shape, device=DEVICE, requires_grad=True) for shape in ((4, 2), (2, 4))] for _ in range(2)]
-    rules = [left @ right for left, right in pairs]
+    rules = [product("a", pair) for pair in pairs]
     outputs = []
     for down, up in (pairs, rules):
         y = fastadapt.compacter(arguments["x"], (down, s[0], t[0]), (up, s[1], t[1]), backend=backend)
