@@ -93,5 +93,8 @@ def test_factors_in_another_form():
     c = make(torch.float32, DEVICE, leading=(9,), a=(4, 5), b=(6, 7), q=2)
     with pytest.raises(TypeError, match=r"b must be a tensor or two factors \(s, t\), got tuple"):
         fastadapt.kron_linear(c["x"], c["a"], (c["s"],))
+    message = r"b must be \(terms, b_in, b_out\) with a_in \* b_in the width of x = \(1, 6, 7\), got \(1, 5, 7\)"
+    with pytest.raises(ValueError, match=message):
+        fastadapt.kron_linear(c["x"], c["a"], torch.zeros(1, 5, 7, device=DEVICE))
     with pytest.raises(TypeError, match="a must be a tensor or a pair of tensors, got NoneType"):
         fastadapt.kron_linear(c["x"], None, (c["s"], c["t"]))

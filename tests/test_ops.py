@@ -199,11 +199,9 @@ def test_missing_backend_is_refused(spec):
 
 @over("small", dtypes=(torch.float32,))
 def test_explain_names_what_runs(spec, backend, case, dtype):
-    import fastadapt
-
-    arguments = case.make(dtype, DEVICE)
-    assert f"{backend} (asked for)" in fastadapt.explain(spec.op, **arguments, backend=backend)
-    assert "native > reference" in fastadapt.explain(spec.op, **arguments)
+    args = spec.leaf_args(case.make(dtype, DEVICE))
+    assert f"{backend} (asked for)" in spec.fwd.explain(backend, DEVICE, args)
+    assert "native > reference" in spec.fwd.explain(None, DEVICE, args)
 
 
 @over("m33-d65-r17", "everything", dtypes=(torch.float32, torch.bfloat16))
