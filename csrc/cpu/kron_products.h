@@ -24,6 +24,8 @@ FA_INLINE void for_vectors(int64_t width, F&& f) {
 template <class C>
 void project(const Block<const C*>& x, int64_t n, const Shape& s, const Matrix<C>& f, int64_t ranks, C* z) {
   constexpr int L = lanes<C>, N = project_rows_at_once<C>, K = rank_tile;
+  // Lanes without a token are computed along: what memory holds by chance may be subnormal, which is slow.
+  if (n < block_rows) memset(z, 0, s.chunks * ranks * block_rows * sizeof(C));
   for (int64_t t = 0; t < n; t += N)
     for (int64_t c = 0; c < s.chunks; ++c)
       for (int64_t u = 0; u < ranks; u += K) {
