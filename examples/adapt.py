@@ -16,9 +16,10 @@ from . import plain
 class Method(NamedTuple):
     title: str
     lr: float
-    attach: Callable[[nn.Module, nn.Module, int], None] | None = None  # (BERT layer, adapter modules, rank)
+    attach: Callable[..., None] | None = None  # (BERT layer, adapter modules, rank, and what all layers share by name)
     rank: str = "rank"  # the option that sets it
     random: bool = False  # two runs draw different masks
+    shared: Callable[[], dict] = dict  # makes what all layers of a model share
 
 
 # The encoder's own activation. It is smooth: where ReLU's kink lies between two roundings, two runs soon drift apart.
@@ -50,6 +51,25 @@ def _beside_ffn(layer: nn.Module, modules, r: int) -> None:
     layer.intermediate, layer.output.dense = modules.ParallelAdapter(ffn, adapter), nn.Identity()
 
 
+# Terms in the sums of Kronecker products; the rank that is set must be a multiple of it.
+TERMS = 4
+
+
+def _rule() -> dict[str, nn.Parameter]:
+    """The left factors of all Kronecker products of a model."""
+    return {"shared_rule": nn.Parameter(torch.randn(TERMS, TERMS, TERMS) / TERMS)}
+
+
+def _phm_after_ffn(layer: nn.Module, modules, r: int, **shared) -> None:
+    linear = layer.output.dense
+    layer.output.dense = nn.Sequential(linear, modules.CompacterAdapter(linear.out_features, r, n=TERMS, **shared))
+
+
+def _phm_after_both(layer: nn.Module, modules, r: int, **shared) -> None:
+    _phm_after_ffn(layer.attention, modules, r, **shared)  # its linear layer is found under the same names
+    _phm_after_ffn(layer, modules, r, **shared)
+
+
 QUERIES_AND_VALUES = ("attention.self.query", "attention.self.value")
 
 
@@ -72,6 +92,10 @@ METHODS = {
     "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 1e-3, _after_both),
     "skip": Method("standard with a learned skip connection, skip_weight * x", 2e-3, _skip),
     "parallel": Method("a bottleneck beside the FFN, scale 4 (He et al. 2022)", 1e-3, _beside_ffn),
+    "compacter": Method(
+        "as houlsby, of Kronecker products (Karimi Mahabadi et al. 2021)", 6e-3, _phm_after_both, shared=_rule
+    ),
+    "compact++": Method("Compacter++: the same after the FFN alone", 1e-2, _phm_after_ffn, shared=_rule),
     "lora": _method_of_lora("LoRA on queries and values (Hu et al. 2021)", 3e-3),
     "lora-drop": _method_of_lora("LoRA on queries and values, dropout 0.1", 3e-3, random=True, dropout=0.1),
     "dora": _method_of_lora("DoRA on queries and values (Liu et al. 2024)", 3e-3, dora=True),
@@ -79,6 +103,7 @@ METHODS = {
 }
 
 
+OF_KRONECKER_PRODUCTS = [name for name, method in METHODS.items() if method.shared is _rule]
 OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"]  # the methods that peft has
 
 
@@ -117,8 +142,9 @@ def build(encoder: nn.Module, method: str, modules=plain, *, r: int = 48, seed: 
     torch.manual_seed(seed)
     model = Classifier(encoder).eval()
     if attach := METHODS[method].attach:
+        shared = METHODS[method].shared()
         for layer in encoder.encoder.layer:
-            attach(layer, modules, r)
+            attach(layer, modules, r, **shared)
     return model
 
 

@@ -22,6 +22,7 @@ import fastadapt
 import fastadapt.nn
 from examples import adapt, data, fetch, measure, report
 
+OURS = fastadapt.nn.BottleneckAdapter | fastadapt.nn.CompacterAdapter | fastadapt.nn.LoRALinear
 # Of the losses of a method's two runs: equal but for rounding; with other masks, means of ten steps.
 TOLERANCE, TOLERANCE_OF_CURVES = 1e-3, 5e-2
 
@@ -42,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--methods", nargs="+", choices=adapt.METHODS, metavar="METHOD", help="default: all; with --peft those of LoRA")
     option("--peft", action="store_true", help="compare a model of peft with the same model accelerated in place")
     option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
-    option("--steps", type=positive, default=40, help="training steps a run (default: %(default)s)")
+    option("--steps", type=positive, default=32, help="training steps a run (default: %(default)s)")
     option("--batch-size", type=positive, default=32, help="sentences a step (default: %(default)s)")
     option("--rank", type=positive, default=48, help="width of the bottleneck; the model's is 384 (default: %(default)s)")
     option("--lora-rank", type=positive, default=16, help="rank of LoRA (default: %(default)s)")
@@ -56,6 +57,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.methods = args.methods or possible
     if other := set(args.methods) - set(possible):
         parser.error(f"--peft has the methods {', '.join(possible)}, got {', '.join(sorted(other))}")
+    if args.rank % adapt.TERMS and set(args.methods) & set(adapt.OF_KRONECKER_PRODUCTS):
+        methods = " and ".join(adapt.OF_KRONECKER_PRODUCTS)
+        parser.error(f"--rank must be a multiple of {adapt.TERMS} for {methods}, got {args.rank}")
     return args
 
 
@@ -68,7 +72,7 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
     else:
         models = adapt.pair(encoder, method, fastadapt.nn, **options)
     for module in models.get("fastadapt", torch.nn.Module()).modules():
-        if isinstance(module, fastadapt.nn.BottleneckAdapter | fastadapt.nn.LoRALinear):
+        if isinstance(module, OURS):
             module.backend = args.backend
     runs = {name: measure.Run(model, chosen.lr, args.steps) for name, model in models.items()}
     difference = measure.curve_difference if chosen.random else measure.loss_difference
@@ -99,7 +103,11 @@ def kernels(encoder, args: argparse.Namespace) -> str:
     """Which implementations the adapters of this call will run on, in words."""
     d = encoder.config.hidden_size
     x, square, down, a = (torch.empty(rows, d, device=args.device) for rows in (1, d, args.rank, args.lora_rank))
-    calls = ((fastadapt.bottleneck, x, down, down.T), (fastadapt.lora_linear, x, square, None, a, a.T))
+    n, r = adapt.TERMS, args.rank // adapt.TERMS
+    rule, s, t = (torch.empty(n, *shape, device=args.device) for shape in ((n, n), (d // n, 1), (1, r)))
+    factors = (rule, s, t), (rule, t.mT, s.mT)
+    calls = ((fastadapt.bottleneck, x, down, down.T), (fastadapt.compacter, x, *factors))
+    calls += ((fastadapt.lora_linear, x, square, None, a, a.T),)
     return "\n".join(fastadapt.explain(*call, backend=args.backend) for call in calls)
 
 

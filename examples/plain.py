@@ -1,4 +1,5 @@
-"""What ``fastadapt.nn`` is compared with: bottlenecks as plain PyTorch modules, op by op, and the LoRA layers of ``peft``.
+"""What ``fastadapt.nn`` is compared with: bottlenecks and Compacter as plain PyTorch modules, op by op, and the LoRA layers of
+``peft``.
 
 The plain modules' attributes have the names of ``fastadapt.nn``, so that a ``state_dict`` of one loads into the other.
 """
@@ -35,6 +36,32 @@ class BottleneckAdapter(nn.Module):
         if residual is None and self.residual:
             residual = x
         return y if residual is None else residual + y
+
+
+class PHMLinear(nn.Module):
+    """``x @ sum_i kron(rule[i], s[i] @ t[i]) + bias``; as in the library ``adapters`` the matrix is formed in every call."""
+
+    def __init__(self, in_features: int, out_features: int, rule: nn.Parameter):
+        super().__init__()
+        n = len(rule)
+        self.rule, self.bias = rule, nn.Parameter(torch.zeros(out_features))
+        self.s = nn.Parameter(torch.randn(n, in_features // n, 1) * (in_features // n) ** -0.5)
+        self.t = nn.Parameter(torch.randn(n, 1, out_features // n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        products = self.rule[:, :, None, :, None] * (self.s @ self.t)[:, None, :, None, :]
+        return x @ products.sum(0).reshape(x.shape[-1], -1) + self.bias
+
+
+class CompacterAdapter(nn.Module):
+    """``x + up(gelu(down(x)))``, two layers of Kronecker products with one rule, which other adapters have too."""
+
+    def __init__(self, d: int, r: int, *, n: int, shared_rule: nn.Parameter):
+        super().__init__()
+        self.down, self.up = PHMLinear(d, r, shared_rule), PHMLinear(r, d, shared_rule)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
 
 
 class ParallelAdapter(nn.Module):

@@ -67,7 +67,7 @@ def plot(rows: Iterable[Row], path: Path, title: str) -> None:
         axis.set_xticks(places, [row.method for row in rows], rotation=30)
         axis.set_title(name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
-    for row, marker in zip(rows, "ovs^DX*Ph<", strict=False):
+    for row, marker in zip(rows, "ovs^DX*Ph<>d", strict=False):
         axes[2].plot(row.trainable, 100 * row.accuracy, marker, label=row.method, markersize=8)
     axes[2].legend()
     axes[2].set_xscale("log")

@@ -22,7 +22,7 @@ from .accuracy import assert_within_reference_error  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = [name for name, method in adapt.METHODS.items() if method.attach]
-OURS = fastadapt.nn.BottleneckAdapter | fastadapt.nn.LoRALinear
+OURS = finetune.OURS
 
 
 class WordTokenizer:
@@ -143,6 +143,18 @@ def test_the_plain_modules_are_the_same_function(options):
         assert_within_reference_error(ours(*inputs), theirs(*inputs), oracle(*inputs.double()), "output")
 
 
+def test_the_plain_compacter_is_the_same_function():
+    rule = nn.Parameter(torch.randn(4, 4, 4))
+    ours, theirs = (modules.CompacterAdapter(24, 8, n=4, shared_rule=rule) for modules in (fastadapt.nn, plain))
+    assert len(list(theirs.parameters())) == len(list(ours.parameters())) == 7
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 5, 24)
+    assert_within_reference_error(ours(x), theirs(x), copy.deepcopy(theirs).double()(x.double()), "output")
+
+
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
@@ -151,6 +163,8 @@ def test_the_plain_modules_are_the_same_function(options):
         ("houlsby", 12 * (2 * 384 * 48 + 48 + 384)),
         ("skip", 6 * (2 * 384 * 48 + 48 + 384 + 384)),
         ("parallel", 6 * (2 * 384 * 48 + 48 + 384)),
+        ("compacter", 12 * (2 * (384 + 48) + 48 + 384) + 4**3),
+        ("compact++", 6 * (2 * (384 + 48) + 48 + 384) + 4**3),
         ("lora", 6 * 2 * 48 * 2 * 384),
         ("lora-drop", 6 * 2 * 48 * 2 * 384),
         ("dora", 6 * 2 * (48 * 2 * 384 + 384)),
@@ -280,7 +294,7 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     assert rows["full"][4] == rows["head"][-1] == "-"
     allowed = {name: 5e-2 if adapt.METHODS[name].random else 1e-3 for name in ADAPTERS}
     assert all(float(rows[name][4]) <= allowed[name] and float(rows[name][-1]) > 0 for name in ADAPTERS)
-    assert printed.count("reference") == 2 and picture.read_bytes().startswith(b"\x89PNG")
+    assert printed.count("reference") == 3 and picture.read_bytes().startswith(b"\x89PNG")
     # Methods of one name, one row.
     assert finetune.main([*options, "--device", "cpu", "--methods", "head", "head"]) == 0
     assert len(re.findall("^head ", capsys.readouterr().out, re.MULTILINE)) == 1
@@ -288,7 +302,10 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--steps", "0"], "must be at least 1, got 0"), (["--methods", "ia3"], "'ia3'"), (["--domain", "books"], "'books'")],
+    [
+        (["--steps", "0"], "must be at least 1, got 0"), (["--methods", "ia3"], "'ia3'"), (["--domain", "books"], "'books'"),
+        (["--rank", "6"], "--rank must be a multiple of 4 for compacter and compact++, got 6"),
+    ],
 )  # fmt: skip
 def test_bad_options(options, message, capsys):
     with pytest.raises(SystemExit):
