@@ -20,8 +20,8 @@ on_cpu = pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="nee
 # m, sizes of a and b, rank, terms: each order is the cheapest for one of them.
 ORDERS = {
     "factors": {"leading": (40,), "a": (4, 5), "b": (12, 14), "q": 2},
-    "b first": {"leading": (40,), "a": (6, 5), "b": (12, 3), "q": 12},
-    "a first": {"leading": (40,), "a": (5, 6), "b": (3, 12), "q": 12},
+    "b first": {"leading": (40,), "a": (6, 5), "b": (12, 3), "q": 12, "terms": 2},
+    "a first": {"leading": (40,), "a": (5, 6), "b": (3, 12), "q": 12, "terms": 2},
     "matrix": {"leading": (200,), "a": (2, 2), "b": (3, 3), "q": 3, "terms": 4},
 }
 
@@ -96,5 +96,7 @@ def test_factors_in_another_form():
     message = r"b must be \(terms, b_in, b_out\) with a_in \* b_in the width of x = \(1, 6, 7\), got \(1, 5, 7\)"
     with pytest.raises(ValueError, match=message):
         fastadapt.kron_linear(c["x"], c["a"], torch.zeros(1, 5, 7, device=DEVICE))
+    with pytest.raises(ValueError, match=r"scale must be a number or a 0-d tensor, got \(4,\)"):
+        fastadapt.kron_linear(c["x"], c["a"], (c["s"], c["t"]), scale=torch.zeros(4, device=DEVICE))
     with pytest.raises(TypeError, match="a must be a tensor or a pair of tensors, got NoneType"):
         fastadapt.kron_linear(c["x"], None, (c["s"], c["t"]))

@@ -162,6 +162,8 @@ def _arguments(x, a, b, bias, residual, scale):
         raise TypeError(f"b must be a tensor or two factors (s, t), got {type(b).__name__}")
     a, (s, t) = product("a", a), (b, None) if isinstance(b, Tensor) else b
     if isinstance(scale, Tensor):
+        if scale.dim():
+            raise ValueError(f"scale must be a number or a 0-d tensor, got {tuple(scale.shape)}")
         # In 16 bits the product would be rounded. All factors have one dtype.
         a, s, t = (f.to(torch.promote_types(f.dtype, torch.float32)) if isinstance(f, Tensor) else f for f in (a, s, t))
         a, scale = scale * a, 1.0
