@@ -79,12 +79,13 @@ __global__ void __launch_bounds__(kThreads, 3) compacter_fwd_kernel(const __grid
   float *z = shared.floats(p.tile_rows * p.numbers()), *h = shared.floats(p.tile_rows * p.numbers());
   float* hidden = shared.floats(p.tile_rows * p.r);
   const int rows = static_cast<int>(tile.end - tile.begin), adapter = tile.adapter;
-  table.fill(p.groups, p.x, p.other, tile);
   const Rows* residual = p.other.data ? &p.other : p.add_x ? &p.x : nullptr;
   const int64_t* offset = p.other.data ? table.other : table.x;
   T* y = static_cast<T*>(p.out);
-  if (adapter >= p.groups.g) return pass_rows(y, table, rows, p.d(), adapter > p.groups.g, residual, offset);
+  if (adapter >= p.groups.g)
+    return pass_rows(y, p.groups, tile.begin, tile.end, p.d(), adapter > p.groups.g, residual);
 
+  table.fill(p.groups, p.x, p.other, tile);
   project(z, Lines<T>(p.x, table.x, p.n, p.down_s.features), rows, p.down_s, adapter);
   __syncthreads();
   mix<false>(h, z, rows, p.down_a, adapter, p.rank);

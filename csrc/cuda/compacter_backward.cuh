@@ -41,7 +41,7 @@ __device__ __forceinline__ float sum_block(float v, float* shared) {
 
 // One block takes a split of an adapter's rows, tile by tile: writes their grad_x, and the sums over them to its plane.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) compacter_bwd_kernel(const __grid_constant__ CompacterGradients q) {
+__global__ void __launch_bounds__(kThreads, 2) compacter_bwd_kernel(const __grid_constant__ CompacterGradients q) {
   FA_DYNAMIC_SHARED(memory);
   const Compacter& p = q.p;
   Tile all = q.splits ? Tile{static_cast<int>(blockIdx.x / q.splits), 0, 0} : find_tile(p.groups, blockIdx.x, p.tile_rows);
@@ -50,6 +50,12 @@ __global__ void __launch_bounds__(kThreads, 3) compacter_bwd_kernel(const __grid
     const Span span = split_rows(p.groups, adapter, blockIdx.x % q.splits, q.splits, 1);
     all.begin = span.begin, all.end = span.end;
   }
+  T* grad_x = static_cast<T*>(p.out);
+  if (adapter >= p.groups.g) {
+    if (grad_x)
+      pass_rows(grad_x, p.groups, all.begin, all.end, p.d(), adapter > p.groups.g, p.add_x ? &p.other : nullptr);
+    return;
+  }
   Shared shared{memory};
   const KronTable table(shared, p.tile_rows);
   const int part = p.tile_rows * numbers;
@@ -57,26 +63,19 @@ __global__ void __launch_bounds__(kThreads, 3) compacter_bwd_kernel(const __grid
   float *grad_z = z + 4 * part, *grad_h = z + 5 * part, *grad_z_up = z + 6 * part, *grad_h_up = z + 7 * part;
   float *hidden = shared.floats(p.tile_rows * p.r), *grad_v = shared.floats(p.tile_rows * p.r);
   const float* bias = p.up_bias ? p.up_bias + static_cast<int64_t>(adapter) * p.d() : nullptr;
-  const bool live = adapter < p.groups.g;
   const int64_t index = blockIdx.x % (q.splits ? q.splits : 1) * p.groups.g + adapter;
   auto plane = [&](float* data, int64_t size, bool first) {
-    return Plane{data && live ? data + index * size : nullptr, first};
+    return Plane{data ? data + index * size : nullptr, first};
   };
-  T* grad_x = static_cast<T*>(p.out);
   float grad_scale = 0.f;
 
   // A split without rows must still leave zeros.
 #pragma unroll 1
-  for (int64_t begin = all.begin; begin < all.end || (begin == all.begin && q.splits && live); begin += p.tile_rows) {
+  for (int64_t begin = all.begin; begin < all.end || (begin == all.begin && q.splits); begin += p.tile_rows) {
     const Tile tile{adapter, begin, least(begin + p.tile_rows, all.end)};
     const int rows = static_cast<int>(tile.end - tile.begin);
     const bool first = begin == all.begin;
     table.fill(p.groups, p.x, p.other, tile);
-    if (!live) {
-      if (grad_x) pass_rows(grad_x, table, rows, p.d(), adapter > p.groups.g, p.add_x ? &p.other : nullptr, table.other);
-      __syncthreads();
-      continue;
-    }
     const Lines<T> x(p.x, table.x, p.n, features), grad_y(p.other, table.other, p.n, features);
     project(z, x, rows, p.down_s, adapter);
     project(grad_h_up, grad_y, rows, p.up_t, adapter);  // without the factor scale, which may be zero
@@ -136,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 3) compacter_bwd_kernel(const __grid
       if (i % width < p.rank.columns) grad_scale += grad_h_up[i] * h_up[i];
     __syncthreads();
   }
-  if (!q.scale || !live) return;
+  if (!q.scale) return;
   const float sum = sum_block(grad_scale, z);
   if (threadIdx.x == 0) q.scale[index] = sum;
 }

@@ -296,15 +296,18 @@ __device__ __forceinline__ void add_rule(
   }
 }
 
-// Rows without an adapter pass `source` through, or become zero; rows of an id outside the bank become NaN.
+// Rows without an adapter, at positions from `begin` on, pass `source` through or become zero; rows of an id outside the bank
+// become NaN.
 template <class T>
-__device__ __forceinline__ void pass_rows(T* out, const KronTable& table, int rows, int columns, bool invalid,
-    const Rows* source, const int64_t* offset) {
-  for (int i = 0; i < rows; i++)
+__device__ __forceinline__ void pass_rows(
+    T* out, const Groups& groups, int64_t begin, int64_t end, int columns, bool invalid, const Rows* source) {
+#pragma unroll 1
+  for (int64_t position = begin; position < end; position++) {
+    const int64_t row = groups.row(position);
+    const T* from = source ? static_cast<const T*>(source->data) + source->offset(row) : nullptr;
     for (int c = threadIdx.x; c < columns; c += kThreads)
-      out[table.row[i] * columns + c] = invalid  ? from_float<T>(nanf(""))
-                                        : source ? static_cast<const T*>(source->data)[offset[i] + c * source->inner.stride]
-                                                 : from_float<T>(0.f);
+      out[row * columns + c] = invalid ? from_float<T>(nanf("")) : from ? from[c * source->inner.stride] : from_float<T>(0.f);
+  }
 }
 
 }  // namespace fastadapt
