@@ -15,7 +15,7 @@ from .compacter_bwd import compacter_bwd_factors_kernel, compacter_bwd_rows_kern
 _TILES = Tiles(
     {
         (2, "narrow"): ((32, 32), (16, 64)),
-        (2, "wide"): ((16, 32),),
+        (2, "wide"): ((16, 64),),
         (4, "narrow"): ((32, 32), (16, 32)),
         (4, "wide"): ((16, 16),),
     }

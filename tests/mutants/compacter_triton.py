@@ -38,7 +38,7 @@ MUTANTS = (
         )],
     ),
     Mutant(
-        "up_t of the first adapter", "wrong row of a bank", {BANK: "integers: .* differs"},
+        "up_t of the first adapter", "wrong row of a bank", {BANK: "integers: y differs"},
         [(FWD, "        up_t_ptr += group * N * Q * chunk\n", "        up_t_ptr += 0\n")],
         fast=True,
     ),

@@ -49,7 +49,10 @@ def decode_pack(ins, kind, target, source):
 @instruction("cvt")
 def decode_convert(ins):
     m = Modifiers(ins)
-    source, target = m.kind(), m.kind()
+    source = m.kind()
+    if m.flag("tf32"):
+        return decode_convert_tf32(ins, m, source)
+    target = m.kind()
     if target in ("f16x2", "bf16x2"):
         return decode_convert_two(ins, m, source, target)
     integers = (*INTEGERS, "s8", "u8")
@@ -82,6 +85,23 @@ def decode_convert(ins):
     result, value = operands(ins, 2)
     write, read = writer(result, target, ins, widen=True), reader(value, source, ins, narrow=True)
     return lambda state, mask: write(state, function(read(state)), mask)
+
+
+def decode_convert_tf32(ins, m, source):
+    """To ten bits of mantissa, ties away from zero."""
+    m.all("rna")
+    m.done()
+    if source != "f32":
+        m.refuse("conversion")
+    result, value = operands(ins, 2)
+    write, read = writer(result, "b32", ins), reader(value, "b32", ins)
+
+    def step(state, mask):
+        bits = np.asarray(read(state))
+        nearest = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+        write(state, np.where(np.isfinite(bits.view(np.float32)), nearest, bits), mask)
+
+    return step
 
 
 def decode_convert_two(ins, m, source, target):
