@@ -37,8 +37,8 @@ def row_norms(
         # In 16 bits a norm would err as much as the adapter changes it in a step.
         a, b = lora_a.to(wide), lora_b.to(wide)
         b = scale * (b if diagonal is None else b * diagonal)
-        # 1 MiB of float32 on a CPU, for its second-level cache; on a GPU 16 MiB, since each block is a few launches.
-        rows = max(1, (2**18 if weight.is_cpu else 2**22) // max(1, weight.shape[1]))
+        # 4 MiB of float32 on a CPU, as much as its second-level caches hold; on a GPU 16 MiB: each block is a few launches.
+        rows = max(1, (2**20 if weight.is_cpu else 2**22) // max(1, weight.shape[1]))
         sums = (torch.addmm(block.to(wide), update, a) for block, update in zip(weight.split(rows), b.split(rows)))
         return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in sums])
 
