@@ -64,7 +64,7 @@ CASES = (
     case("terms", leading=(19,), a=(4, 4), b=(16, 10), q=2, terms=4),
     case("a-of-one-column", leading=(18,), a=(7, 1), b=(20, 40), q=4),
     case("a-of-one-row", leading=(18,), a=(1, 6), b=(40, 20), q=4),
-    case("large-a", leading=(9,), a=(40, 33), b=(3, 5), q=2),
+    case("large-a", leading=(4,), a=(24, 33), b=(2, 3), q=12),
     case("wide-rank", leading=(12,), a=(2, 3), b=(70, 50), q=40),
     case("many-rows", leading=(300,), a=(4, 2), b=(10, 12), q=3),
     case("4-d", leading=(2, 3, 2), a=(4, 4), b=(6, 6), q=2),
