@@ -34,7 +34,8 @@ class Run:
 
     def __init__(self, model: nn.Module, lr: float, steps: int):
         self.model, self.seconds, self.losses = model, [], []
-        self.device = next(model.parameters()).device
+        self.device = next(model.parameters()).device  # the encoder's; a method adds to it on the CPU
+        model.to(self.device)
         self.optimizer = torch.optim.AdamW(trainable(model), lr=lr, eps=1e-6, weight_decay=0.01, fused=True)
         rise = max(1, steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
