@@ -60,6 +60,7 @@ class Numerics:
     paths: tuple[Case, ...]  # sizes that together take every path of the kernels
     fuzz: Callable  # (draw, hypothesis.strategies) -> a case
     largest: int = 7  # integer of a parameter in ``exact`` in float32; less where a path multiplies by many parameters
+    rounds_inside: bool = True  # whether matrix units round anything beside the output and the gradients
     ordered: Callable | None = None  # the reference in the kernels' order of products, where infinities cancel as in theirs
 
 

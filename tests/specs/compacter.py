@@ -191,11 +191,6 @@ COMPILED = (
 )
 
 
-def rounded(a, unit, points):
-    """Nothing but the output and the gradients is rounded."""
-    return flat(compacter_reference)(**a)
-
-
 def ordered(x, down_a, down_s, down_t, up_a, up_s, up_t, *, down_bias=None, up_bias=None, residual=None, scale=1.0,
             activation="gelu", adapter_ids=None):  # fmt: skip
     """The formula through the numbers of rank space; a bank's factors are taken for each row."""
@@ -212,6 +207,11 @@ def ordered(x, down_a, down_s, down_t, up_a, up_s, up_t, *, down_bias=None, up_b
     y = scale * phm(ACTIVATIONS[activation](phm(x, down_a, down_s, down_t, down_bias)), up_a, up_s, up_t, up_bias)
     y = torch.where((ids >= 0)[:, None], y, 0.0).view(shape)
     return y if residual is None else residual + y
+
+
+def rounded(a, unit, points):
+    """Nothing but the output and the gradients is rounded."""
+    return ordered(**a)
 
 
 def fuzz(draw, st):
@@ -250,6 +250,7 @@ NUMERICS = Numerics(
     ),
     fuzz=fuzz,
     largest=1,
+    rounds_inside=False,
     ordered=ordered,
 )
 
