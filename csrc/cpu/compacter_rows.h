@@ -86,10 +86,12 @@ struct Pass {
     read_side(p, p.up_a, p.up_s, true, adapter, scale(p), w.up);
   }
 
-  static void read_weights(const Problem& p, int64_t adapter, Weights<C>& w) {
-    const int64_t width = p.d / p.n;
+  // What is copied stays in a thread's memory for its next segment, if that is of the same adapter.
+  static void read_weights(const Problem& p, const Segment& segment, Weights<C>& w) {
+    const int64_t width = p.d / p.n, adapter = segment.adapter;
     w.s = read_matrix(p, p.down_s, p.down_s.stride_2, p.down_s.stride_1, adapter, p.n, p.q, width, w.s_memory);
     w.t = read_matrix(p, p.up_t, p.up_t.stride_1, p.up_t.stride_2, adapter, p.n, p.q, width, w.t_memory);
+    if (segment.packed) return;
     if (w.down_bias) read_parameter<C>(p, p.down_bias, adapter, {1, p.r}, 1, w.down_bias, p.r);
     if (w.up_bias) read_parameter(p, p.up_bias, adapter, shape(p), scale(p), w.up_bias, padded<C>(width));
     read_sides(p, adapter, w);
@@ -151,7 +153,7 @@ struct Pass {
     Weights<C> w = weights(p, arena);
     const Scratch s = scratch(p, arena);
     const bool adapts = segment.adapter >= 0;
-    if (adapts) read_weights(p, segment.adapter, w);
+    if (adapts) read_weights(p, segment, w);
     const Rows out{p.y, p.d};
     const bool adds = p.add_x || p.residual.data;
     C* const saved = p.residual.data ? s.other : s.x;
@@ -237,9 +239,10 @@ struct Pass {
     const Partial<C> sums = partial(p, partial_arena);
     memset(memory, 0, partial_arena.used());
     const bool adapts = segment.adapter >= 0;
-    if (adapts) read_weights(p, segment.adapter, w);
+    if (adapts) read_weights(p, segment, w);
     const bool has_middle = adapts && (wants_grad_hidden(p) || sums.up || sums.t);
     const bool reads_y = has_middle || p.add_x || sums.up_bias;
+    const bool fused = adapts && ranks(p) == rank_tile && p.wants[grad_x] && sums.s && sums.t;
     const Rows out{p.grads[grad_x], p.d};
     for_blocks(segment, [&](int64_t begin, int64_t n) {
       Block<const C*> x, grad_y;
@@ -250,10 +253,15 @@ struct Pass {
         project(grad_y, n, shape(p), w.t, ranks(p), s.grad_h);
         middle_backward(p, w, n, s, sums);
       }
+      Block<C*> grad;
+      if (fused) {
+        output_block(p, out, shape(p), begin, n, s.x, grad);
+        expand_and_sum(x, grad_y, n, shape(p), s.z, s.h, w.s, p.add_x, sums.s, sums.t, sums.up_bias, grad);
+        return save_block(p, out, shape(p), begin, n, s.x);
+      }
       if (adapts && (sums.t || sums.up_bias)) add_sums(grad_y, n, shape(p), s.h, ranks(p), sums.t, sums.up_bias);
       if (adapts && sums.s) add_sums<C>(x, n, shape(p), s.z, ranks(p), sums.s, nullptr);
       if (!p.wants[grad_x]) return;
-      Block<C*> grad;
       output_block(p, out, shape(p), begin, n, s.x, grad);
       expand<C>(n, shape(p), s.z, adapts ? ranks(p) : 0, w.s, nullptr, p.add_x ? &grad_y : nullptr, grad);
       save_block(p, out, shape(p), begin, n, s.x);

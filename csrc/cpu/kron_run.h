@@ -17,6 +17,9 @@ constexpr int64_t chunk_rows = 32;
 // Multiplications that take as long as an element of a row on its way from or to memory.
 constexpr int64_t memory_work = 8;
 
+// Partial sums below which waking a thread takes longer than adding them.
+constexpr int64_t reduce_bytes = 128 << 10;
+
 // Cuts the rows of a call, which cost `work` multiplications. The chunks of backward, each with sums of its own, must not
 // depend on the number of threads: then neither do the bits.
 inline int64_t divide(Call& call, int64_t work, const std::vector<int64_t>* adapters, Division& rows) {
@@ -41,8 +44,10 @@ void run(const Problem& p, const Kernel<Problem>& k, const Division& rows, int64
       k.forward(p, memory.data() + part * thread, s);
   });
   if (!p.backward) return;
-  if (count > 1 && partial)
-    each_part(parts, [&](int64_t part) { k.reduce(p, segments.data(), count, partials, part, parts); });
+  if (count > 1 && partial) {
+    const int64_t adders = std::min(parts, 1 + count * partial / reduce_bytes);
+    each_part(adders, [&](int64_t part) { k.reduce(p, segments.data(), count, partials, part, adders); });
+  }
   k.finish(p, memory.data(), segments.data(), count, partials);
 }
 

@@ -33,8 +33,13 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of x without the residual's", "missing term", {native("many-rows"): GRAD.format("x")},
-        [(ROWS, "nullptr, p.add_x ? &grad_y : nullptr, grad);", "nullptr, nullptr, grad);")],
+        [(ROWS, "w.s, p.add_x, sums.s, sums.t,", "w.s, false, sums.s, sums.t,")],
         fast=True,
+    ),
+    Mutant(
+        "gradient of x without the residual's where ranks take more than one tile", "missing term",
+        {native("n5-rank-7"): GRAD.format("x")},
+        [(ROWS, "nullptr, p.add_x ? &grad_y : nullptr, grad);", "nullptr, nullptr, grad);")],
     ),
     Mutant(
         "an up bias that isn't scaled", "missing term", {EVERYTHING: OUTPUT},
@@ -52,9 +57,10 @@ MUTANTS = (
         "rows without an adapter adapted", "id -1 not honoured", {BANK: OUTPUT},
         [(
             ROWS,
-            "const bool adapts = segment.adapter >= 0;\n    if (adapts) read_weights(p, segment.adapter, w);\n"
+            "const bool adapts = segment.adapter >= 0;\n    if (adapts) read_weights(p, segment, w);\n"
             "    const Rows out{p.y,",
-            "const bool adapts = true;\n    read_weights(p, segment.adapter < 0 ? 0 : segment.adapter, w);\n"
+            "const bool adapts = true;\n    Segment other = segment;\n    if (other.adapter < 0) other.adapter = 0;\n"
+            "    read_weights(p, other, w);\n"
             "    const Rows out{p.y,",
         )],
     ),
