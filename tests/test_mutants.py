@@ -17,7 +17,11 @@ pytestmark = [
 ]
 TABLE = table()
 KERNELS = [(op, kind) for op in SPECS for kind, path in KINDS.items() if (ROOT / path.format(op)).exists()]
-QUICK = [pytest.param(m, id=f"{op}-{kind}-{m.name}") for (op, kind), ms in TABLE.items() for m in ms if m.fast]
+QUICK = [
+    pytest.param(mutant, id=f"{op}-{kind}-{mutant.name}")
+    for (op, kind), mutants in TABLE.items()
+    for mutant in [mutant for mutant in mutants if mutant.fast][:MINIMUM]
+]
 
 
 @pytest.mark.parametrize("op, kind", KERNELS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from .battery import BACKENDS, DEVICE, TELLING, check, floats, over, run, substitute
+from .battery import BACKENDS, DEVICE, FEW, TELLING, check, floats, over, run, substitute
 from .layouts import LAYOUTS, sliced
 from .specs import SPECS
 
@@ -41,14 +41,14 @@ def test_only_what_is_wanted_is_returned(spec, backend, case, dtype):
         assert [o.shape for o in outputs] == [arguments[name].shape if i == j else (0,) for j in range(len(outputs))]
 
 
-@over(dtypes=(torch.float32, torch.bfloat16))
+@over(dtypes=FEW)
 def test_deterministic(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)
     first, second = (run(spec.op, arguments, backend=backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@over(*TELLING, "bank-unused", "empty", dtypes=(torch.float32, torch.bfloat16))
+@over(*TELLING, "bank-unused", "empty", dtypes=FEW)
 def test_registration(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)
     args = spec.leaf_args(arguments)
@@ -76,7 +76,7 @@ def test_scale_value_costs_no_recompilation(spec, backend, case, dtype):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spec.op, fullgraph=True, backend=counter)
-    for scale in (0.5, 0.25, 2.0, 3.0):
+    for scale in (0.5, 0.25, 2.0, 4.0):  # of two: the same bits wherever it is multiplied in, which may be elsewhere here
         arguments["scale"] = scale
         assert torch.equal(compiled(**arguments, backend=backend), spec.op(**arguments, backend=backend))
     assert counter.frame_count <= 2  # once for the first value, once with the value as an input

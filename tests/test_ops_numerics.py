@@ -9,12 +9,10 @@ import fastadapt
 from fastadapt._leaf import INTERPRET
 
 from . import numerics
-from .battery import BACKENDS, DEVICE, TELLING, check, over
+from .battery import BACKENDS, DEVICE, FEW, TELLING, check, over
 from .layouts import LAYOUTS, sliced
 from .specs import SPECS
 
-# The interpreter takes a hundred times as long, and dtypes and sizes change nothing in what these tests look at.
-FEW = (torch.float32,) if INTERPRET else (torch.float32, torch.bfloat16)
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -112,7 +110,7 @@ examples = lambda n: hypothesis.settings(  # noqa: E731
 
 
 @calls
-@examples(20 if INTERPRET else 100)
+@examples(8 if INTERPRET else 100)
 @hypothesis.given(data=st.data())
 def test_fuzz(op, backend, data):
     fuzz(op, backend, data)
