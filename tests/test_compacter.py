@@ -105,6 +105,12 @@ def test_bits_do_not_depend_on_the_number_of_threads(name):
     numerics.threads_change_no_bit(SPEC, SPEC.case(name), torch.float32)
 
 
+@on_cpu
+@pytest.mark.parametrize("name", ["many-rows", "learned-scale"])  # four ranks, which one pass of backward serves where it can
+def test_frozen_arguments_change_no_bit(name):
+    numerics.frozen_arguments_change_no_bit(SPEC, "native", SPEC.case(name), torch.float32, every=False)
+
+
 @backends
 def test_what_is_kept_for_backward_is_x_and_the_factors(backend):
     arguments = call(shape=(512, 40), residual="x")

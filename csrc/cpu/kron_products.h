@@ -145,8 +145,8 @@ void add_sums(const Block<const C*>& x, int64_t n, const Shape& s, const C* g, i
 constexpr int backward_vectors = FA_LANES == 16 ? 2 : 1;
 
 // The last pass of a backward over a block of rows and of their gradients, for rank_tile ranks: what expand(grad_z, f, added)
-// writes to `out`, and the sums that add_sums(x, grad_z, out_x) and add_sums(grad_y, h, out_y, columns) make. Elements are
-// loaded once, and all sums of a few columns stay in registers. `out` may be in the place of x.
+// writes to `out`, and the sums that add_sums(x, grad_z, out_x) and add_sums(grad_y, h, out_y, columns) make, to the bit.
+// Elements are loaded once, and the sums of a few columns of a chunk stay in registers. `out` may be in the place of x.
 template <class C>
 void expand_and_sum(const Block<const C*>& x, const Block<const C*>& grad_y, int64_t n, const Shape& s, const C* grad_z,
                     const C* h, const Matrix<C>& f, bool added, C* out_x, C* out_y, C* columns, const Block<C*>& out) {
@@ -154,7 +154,7 @@ void expand_and_sum(const Block<const C*>& x, const Block<const C*>& grad_y, int
   const int64_t ld = matrix_stride<C>(s.width);
   auto tile = [&](auto nv, int64_t j) FA_FORCED {
     constexpr int NV = decltype(nv)::value;
-    Vec<C> w[K][NV], sum_x[K][NV] = {}, sum_y[K][NV] = {};
+    Vec<C> w[K][NV];
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
@@ -162,7 +162,7 @@ void expand_and_sum(const Block<const C*>& x, const Block<const C*>& grad_y, int
     for (int64_t c = 0; c < s.chunks; ++c) {
       const C *from_z = grad_z + c * K * block_rows, *from_h = h + c * K * block_rows;
       const int64_t at_x = c * x.chunk + j, at_y = c * grad_y.chunk + j, at = c * out.chunk + j, count = n;
-      Vec<C> total[NV] = {};
+      Vec<C> total[NV] = {}, sum_x[K][NV] = {}, sum_y[K][NV] = {};
       for (int64_t t = 0; t < count; ++t) {
         const C *row_x = x.rows[t] + at_x, *row_y = grad_y.rows[t] + at_y;
         C* to = out.rows[t] + at;
@@ -187,16 +187,16 @@ void expand_and_sum(const Block<const C*>& x, const Block<const C*>& grad_y, int
         for (int v = 0; v < NV; ++v) store(to + v * L, added ? grad[v] + vy[v] : grad[v]);
       }
 #pragma GCC unroll 4
+      for (int k = 0; k < K; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          put(out_x + k * ld + j + v * L, sum_x[k][v], true);
+          put(out_y + k * ld + j + v * L, sum_y[k][v], true);
+        }
+#pragma GCC unroll 4
       for (int v = 0; v < NV; ++v)
         if (columns) put(columns + c * padded<C>(s.width) + j + v * L, total[v], true);
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < K; ++k)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        put(out_x + k * ld + j + v * L, sum_x[k][v], true);
-        put(out_y + k * ld + j + v * L, sum_y[k][v], true);
-      }
   };
   int64_t j = 0;
   for (; j + backward_vectors * L <= padded<C>(s.width); j += backward_vectors * L) tile(RowCount<backward_vectors>{}, j);
