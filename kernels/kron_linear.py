@@ -32,9 +32,9 @@ def kron_linear_rows_kernel(
     K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_A of the chunks of BLOCK_M rows of y. It walks x chunk by chunk to its ranks z, adds them to those
-    of the chunks of y, and goes from there to y. The ranks of x (z) and of y (mixed) are left in memory where they are wanted.
-    With the factors transposed it turns grad_y into grad_x."""
+    """A program owns BLOCK_A of the chunks of BLOCK_M rows of y. It walks x chunk by chunk to its ranks z, adds them, scaled,
+    to those of the chunks of y, and goes from there to y. The ranks of x (z) and of y (mixed) are left in memory where they are
+    wanted. With the factors transposed it turns grad_y into grad_x."""
     blocks = tl.cdiv(a_out, BLOCK_A)
     block = tl.program_id(0) % blocks
     rows = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,7 +57,7 @@ def kron_linear_rows_kernel(
         if z_ptr is not None:
             tl.store(z_ptr + work + part * K, z, mask=work_mask & (block == 0))
         a = tl.load(a_ptrs + part * tl.cast(a_stride_in, tl.int64), mask=a_mask, other=0.0).to(tl.float32)
-        ranks += z[:, None, :] * a[None, :, :]
+        ranks += z[:, None, :] * (scale_value * a)[None, :, :]
 
     if residual_ptr is not None:
         residual_offsets = row_offsets(rows, inside, residual_table_ptr, residual_stride_m)
@@ -71,9 +71,7 @@ def kron_linear_rows_kernel(
                 cols = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
                 valid = cols < b_out
                 mask = inside[:, None] & valid[None, :]
-                y = scale_value * expand_tile(
-                    mixed, t_ptr, cols, valid, t_stride_p, t_stride_i, t_stride_k, Q, K, BLOCK_K, PRECISION
-                )
+                y = expand_tile(mixed, t_ptr, cols, valid, t_stride_p, t_stride_i, t_stride_k, Q, K, BLOCK_K, PRECISION)
                 cols += part * tl.cast(b_out, tl.int64)
                 if bias_ptr is not None:
                     y += tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
@@ -204,7 +202,8 @@ def kron_linear_bwd(grad_y, x, a, s, t, bias, scale, output_mask):
     grads = {name: (inputs[name] if getattr(want, name) else x).new_empty(size) for name, size in sizes.items()}
     with torch.cuda.device_of(x):
         rows = Rows(x, x.numel() // x.shape[-1])
-        # Ranks of rows that the gradients of factors are made of: of x and of y, and their gradients without the scale.
+        # Ranks of rows that the gradients of factors are made of: those of x and of y without the scale, the gradients of those
+        # of y without it, and of those of x with it.
         columns_in, columns_out = kron.a_in * kron.k, kron.a_out * kron.k
         columns = [want.a * columns_in, want.t * columns_out, want.a * columns_out, want.s * columns_in]
         work = x.new_empty((rows.m, sum(columns)), dtype=torch.float32)
@@ -220,7 +219,7 @@ def kron_linear_bwd(grad_y, x, a, s, t, bias, scale, output_mask):
         if want.s:
             rows.sum(
                 x, (*rows_of(x), x.stride(-1), None), kron.a_in, kron.b_in, grad_z, kron.k, grad=grads["s"],
-                strides=(*kron.s_strides, 0), q=kron.q, k=kron.k, scale=(None, scale),
+                strides=(*kron.s_strides, 0), q=kron.q, k=kron.k,
             )  # fmt: skip
         if want.t or want.bias:
             rows.sum(

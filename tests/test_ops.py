@@ -69,7 +69,7 @@ def test_compiles_without_graph_break(spec, backend, case, dtype, dynamic):
     compiled = torch.compile(spec.op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     eager, traced = (run(fn, arguments, backend=backend) for fn in (spec.op, compiled))
     for name in eager:
-        torch.testing.assert_close(traced[name], eager[name], rtol=0, atol=0)
+        assert torch.equal(traced[name], eager[name]), name
 
 
 @over("m33-d65-r17", dtypes=(torch.float32,))
@@ -78,7 +78,7 @@ def test_scale_value_costs_no_recompilation(spec, backend, case, dtype):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spec.op, fullgraph=True, backend=counter)
-    for scale in (0.5, 0.25, 2.0, 4.0):  # of two: the same bits wherever it is multiplied in, which may be elsewhere here
+    for scale in (0.5, 0.25, 2.0, 3.0):
         arguments["scale"] = scale
         assert torch.equal(compiled(**arguments, backend=backend), spec.op(**arguments, backend=backend))
     assert counter.frame_count <= 2  # once for the first value, once with the value as an input

@@ -61,8 +61,8 @@ MUTANTS = (
         "products of the mix rounded", "product in 16 bits", {ROUNDING: "rounding model"},
         [(
             KERNELS,
-            "ranks += z[:, None, :] * a[None, :, :]",
-            "ranks += (z[:, None, :] * a[None, :, :]).to(tl.bfloat16).to(tl.float32)",
+            "ranks += z[:, None, :] * (scale_value * a)[None, :, :]",
+            "ranks += (z[:, None, :] * (scale_value * a)[None, :, :]).to(tl.bfloat16).to(tl.float32)",
         )],
     ),
     Mutant(
