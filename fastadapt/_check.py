@@ -36,6 +36,16 @@ def same_device(name: str, value: Tensor, x: Tensor, like: str = "x") -> None:
         raise ValueError(f"{name} must be on {x.device} like {like}, got {value.device}")
 
 
+def residual(value: Tensor | None, x: Tensor, shape: tuple, like: str = "x") -> None:
+    """``value``, if given, must have ``shape``, and the dtype and device of ``x``; errors say that it is that of ``like``."""
+    if value is None:
+        return
+    tensor("residual", value)
+    if tuple(value.shape) != tuple(shape) or value.dtype != x.dtype:
+        raise ValueError(f"residual must be {tuple(shape)} {x.dtype} like {like}, got {tuple(value.shape)} {value.dtype}")
+    same_device("residual", value, x)
+
+
 def adapter_ids(ids: Tensor, x: Tensor, g: int, values: bool = False, on_cpu: bool = True) -> None:
     """One id a sequence or one a token, each an adapter of the bank or -1; ``values`` says to read them on a GPU, ``on_cpu``
     on a CPU, where a kernel may do it itself."""

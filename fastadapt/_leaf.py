@@ -1,6 +1,7 @@
 """Leaf ops: one direction of one op, as the dispatcher sees it, and the choice among its implementations."""
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import os
@@ -35,13 +36,14 @@ class Leaf:
         self.native = getattr(torch.ops.fastadapt, name).default
         self.triton = getattr(torch.ops.fastadapt, f"{name}_triton").default
 
-    def launch(self, launcher: Callable) -> None:
-        """Register the Triton launcher; under Triton's interpreter it also runs on CPU tensors."""
+    def launch(self, module: str) -> None:
+        """Register the Triton launcher, the function of the leaf's name in ``kernels/<module>.py``, imported at its first call;
+        under Triton's interpreter it also runs on CPU tensors."""
         if importlib.util.find_spec("triton") is None:
             return
-        self.launcher = launcher
+        self.launcher = lambda *args: getattr(importlib.import_module(f"fastadapt.kernels.{module}"), self.name)(*args)
         for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
-            torch.library.impl(f"fastadapt::{self.name}_triton", key, launcher)
+            torch.library.impl(f"fastadapt::{self.name}_triton", key, self.launcher)
             self.available.add(("triton", key.lower()))
 
     def refusal(self, backend: str, device_type: str, args: tuple) -> str | None:

@@ -43,11 +43,21 @@ def test_only_what_is_wanted_is_returned(spec, backend, case, dtype):
         assert [o.shape for o in outputs] == [arguments[name].shape if i == j else (0,) for j in range(len(outputs))]
 
 
-@over(*((*TELLING, "many-rows", "bank-of-sequences", "large-a") if INTERPRET else ()), dtypes=FEW)
-def test_deterministic(spec, backend, case, dtype):
+def assert_deterministic(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)
     first, second = (run(spec.op, arguments, backend=backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@over(*((*TELLING, "many-rows", "bank-of-sequences", "large-a") if INTERPRET else ()), dtypes=FEW)
+def test_deterministic(spec, backend, case, dtype):
+    assert_deterministic(spec, backend, case, dtype)
+
+
+@pytest.mark.slow
+@over(dtypes=(torch.float32, torch.bfloat16))
+def test_every_case_is_deterministic(spec, backend, case, dtype):
+    assert_deterministic(spec, backend, case, dtype)
 
 
 @over(*TELLING, "bank-unused", "empty", dtypes=FEW)

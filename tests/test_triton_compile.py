@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fastadapt._leaf import INTERPRET
-from fastadapt.ops.bottleneck import _launch_bwd
+from fastadapt.ops.bottleneck import _bwd
 
 from .gpuless import budgets, cuda_budget, offline, offline_gate
 from .gpuless.configurations import entries
@@ -71,7 +71,7 @@ def test_a_frozen_parameter_launches_nothing_for_it():
     }
     for name, kernels in expected.items():
         with offline.target(90), offline.captured() as launches:
-            _launch_bwd(*SPEC.bwd_leaf_args(grad_y, args, [name == other for other in SPEC.bwd_outputs]))
+            _bwd.launcher(*SPEC.bwd_leaf_args(grad_y, args, [name == other for other in SPEC.bwd_outputs]))
         assert [launch.kernel.fn.__name__[15:-7] for launch in launches] == kernels
 
 

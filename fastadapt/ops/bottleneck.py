@@ -99,22 +99,8 @@ _bwd = Leaf(
     "Tensor grad_norm_bias, Tensor grad_skip_weight, Tensor grad_hidden_skip_weight)",
     _bwd_fake,
 )
-
-
-def _launch_fwd(*args):
-    from fastadapt.kernels.bottleneck import bottleneck_fwd
-
-    return bottleneck_fwd(*args)
-
-
-def _launch_bwd(*args):
-    from fastadapt.kernels.bottleneck import bottleneck_bwd
-
-    return bottleneck_bwd(*args)
-
-
-_fwd.launch(_launch_fwd)
-_bwd.launch(_launch_bwd)
+_fwd.launch("bottleneck")
+_bwd.launch("bottleneck")
 
 
 class Bottleneck(torch.autograd.Function):
@@ -200,13 +186,7 @@ def _check(
         raise TypeError(f"up_weight must be {down_weight.dtype} like down_weight, got {up_weight.dtype}")
     check.parameter("down_bias", down_bias, x, (*bank, r), f"({g}r)")
     check.parameter("up_bias", up_bias, x, (*bank, d), f"({g}d)")
-    if residual is not None:
-        check.tensor("residual", residual)
-        if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ValueError(
-                f"residual must be {tuple(x.shape)} {x.dtype} like x, got {tuple(residual.shape)} {residual.dtype}"
-            )
-        check.same_device("residual", residual, x)
+    check.residual(residual, x, x.shape)
     if scale is not None:
         check.parameter("scale", scale, x, (d,) if scale.dim() else (), "0-d or (d,)")
     elif not isinstance(scale_value, (int, float, torch.SymInt, torch.SymFloat)):

@@ -111,22 +111,8 @@ _bwd = Leaf(
     "Tensor grad_up_bias, Tensor grad_scale)",
     _bwd_fake,
 )
-
-
-def _launch_fwd(*args):
-    from fastadapt.kernels.compacter import compacter_fwd
-
-    return compacter_fwd(*args)
-
-
-def _launch_bwd(*args):
-    from fastadapt.kernels.compacter import compacter_bwd
-
-    return compacter_bwd(*args)
-
-
-_fwd.launch(_launch_fwd)
-_bwd.launch(_launch_bwd)
+_fwd.launch("compacter")
+_bwd.launch("compacter")
 
 
 class Compacter(torch.autograd.Function):
@@ -214,13 +200,7 @@ def _check(
             raise TypeError(f"{name} must be {down_a.dtype} like down[0], got {factor.dtype}")
     check.parameter("down_bias", down_bias, x, (*bank, n * chunk), f"({g}r{'' if bank else ','})")
     check.parameter("up_bias", up_bias, x, (*bank, d), f"({g}d{'' if bank else ','})")
-    if residual is not None:
-        check.tensor("residual", residual)
-        if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ValueError(
-                f"residual must be {tuple(x.shape)} {x.dtype} like x, got {tuple(residual.shape)} {residual.dtype}"
-            )
-        check.same_device("residual", residual, x)
+    check.residual(residual, x, x.shape)
     if scale is not None:
         check.parameter("scale", scale, x, (), "0-d")
     elif not isinstance(scale_value, (int, float, torch.SymInt, torch.SymFloat)):

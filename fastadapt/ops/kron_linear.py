@@ -121,22 +121,8 @@ _bwd = Leaf(
     "Tensor grad_t, Tensor grad_bias)",
     _bwd_fake,
 )
-
-
-def _launch_fwd(*args):
-    from fastadapt.kernels.kron_linear import kron_linear_fwd
-
-    return kron_linear_fwd(*args)
-
-
-def _launch_bwd(*args):
-    from fastadapt.kernels.kron_linear import kron_linear_bwd
-
-    return kron_linear_bwd(*args)
-
-
-_fwd.launch(_launch_fwd)
-_bwd.launch(_launch_bwd)
+_fwd.launch("kron_linear")
+_bwd.launch("kron_linear")
 
 
 class KronLinear(torch.autograd.Function):
@@ -197,14 +183,7 @@ def _check(x, a, s, t, bias, residual, scale):
             raise TypeError(f"{name} must be {a.dtype} like a, got {factor.dtype}")
     n = a_out * b_out
     check.parameter("bias", bias, x, (n,), "(a_out * b_out,)")
-    if residual is not None:
-        check.tensor("residual", residual)
-        expected = (*x.shape[:-1], n)
-        if tuple(residual.shape) != expected or residual.dtype != x.dtype:
-            raise ValueError(
-                f"residual must be {expected} {x.dtype} like the output, got {tuple(residual.shape)} {residual.dtype}"
-            )
-        check.same_device("residual", residual, x)
+    check.residual(residual, x, (*x.shape[:-1], n), "the output")
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or a 0-d tensor, got {type(scale).__name__}")
 

@@ -133,22 +133,8 @@ _bwd = Leaf(
     "Tensor grad_gain)",
     _bwd_fake,
 )
-
-
-def _launch_fwd(*args):
-    from fastadapt.kernels.lora_linear import lora_linear_fwd
-
-    return lora_linear_fwd(*args)
-
-
-def _launch_bwd(*args):
-    from fastadapt.kernels.lora_linear import lora_linear_bwd
-
-    return lora_linear_bwd(*args)
-
-
-_fwd.launch(_launch_fwd)
-_bwd.launch(_launch_bwd)
+_fwd.launch("lora_linear")
+_bwd.launch("lora_linear")
 
 
 class LoRALinear(torch.autograd.Function):
