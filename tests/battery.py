@@ -14,7 +14,7 @@ BACKENDS = ("triton",) if INTERPRET else ("native", "triton")
 # The interpreter takes a hundred times as long, and dtypes and sizes change nothing in what some tests look at.
 FEW = (torch.float32,) if INTERPRET else (torch.float32, torch.bfloat16)
 # One case without extras, those with all that goes together, one bank.
-TELLING = ("m33-d65-r17", "everything", "dora-with-everything", "bank-with-everything")
+TELLING = ("m33-d65-r17", "everything", "dora-with-everything", "gated-with-everything", "bank-with-everything")
 
 
 def over(*case_names, cases=lambda spec: spec.cases, dtypes=None):

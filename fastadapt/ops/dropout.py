@@ -9,6 +9,8 @@ numbers: as easy as 1, 2, 3".
 import torch
 from torch import Tensor
 
+from .._check import same_device, tensor
+
 ROUNDS = 7
 _LOW = 0xFFFFFFFF
 
@@ -21,6 +23,19 @@ def threshold(p: float) -> int:
 def kept_scale(p: float) -> float:
     """What keeps the expectation: the inverse of the probability that an element stays."""
     return 65536 / (65536 - threshold(p))
+
+
+def check(p: float, seed: Tensor | None, x: Tensor, like: str = "x") -> None:
+    """``p`` must be a probability that leaves something, ``seed``, if given, a tensor beside ``x``, called ``like``."""
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1), got {p!r}")
+    if threshold(p) > 65535:
+        raise ValueError(f"dropout_p must leave at least one element in 65536, got {p!r}")
+    if seed is not None:
+        tensor("dropout_seed", seed)
+        if seed.dtype != torch.int64 or seed.dim():
+            raise ValueError(f"dropout_seed must be a 0-d int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
+        same_device("dropout_seed", seed, x, like)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -238,15 +238,7 @@ def _check(
     if bank and magnitude is not None:
         raise ValueError("magnitude must be None with adapter_ids, got a tensor: there are no banks of DoRA")
     check_adapter(x, "x", n, k, lora_a, lora_b, scale, magnitude, diagonal, bank)
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
-    if dropout.threshold(dropout_p) > 65535:
-        raise ValueError(f"dropout_p must leave at least one element in 65536, got {dropout_p!r}")
-    if dropout_seed is not None:
-        check.tensor("dropout_seed", dropout_seed)
-        if dropout_seed.dtype != torch.int64 or dropout_seed.dim():
-            raise ValueError(f"dropout_seed must be a 0-d int64 tensor, got {tuple(dropout_seed.shape)} {dropout_seed.dtype}")
-        check.same_device("dropout_seed", dropout_seed, x)
+    dropout.check(dropout_p, dropout_seed, x)
     g = lora_a.shape[:1] if bank else ()
     check.parameter("lora_bias", lora_bias, x, (*g, n), "(g, n)" if bank else "(n,)")
     if bank:
