@@ -110,6 +110,7 @@ class PrefixEncoder(nn.Module):
         """Replace the MLP by what it puts out: the same prefixes as a parameter. Done once, after training; returns itself."""
         if self.prefix is None:
             self.prefix = nn.Parameter(self._values(), requires_grad=self.output.weight.requires_grad)
+            del self.embedding, self.hidden, self.output
             self.embedding = self.hidden = self.output = None
         return self
 
