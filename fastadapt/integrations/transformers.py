@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..nn.lora import adapter_dtype
 from ..nn.prefix import Prefix, PrefixEncoder
 from ..ops.prefix_attention import prefix_attention
 
@@ -61,7 +60,7 @@ def attention(
             as :func:`mask` makes it, for causal attention with padding; or None.
         dropout: probability that a weight is dropped.
         scaling: as ``scale`` of the op.
-        is_causal: None for causal if the layer is and no ``attention_mask`` says what is seen.
+        is_causal: whether a call without ``attention_mask`` is causal; None for what the layer is. Every other mask says it.
 
     Returns:
         ``(b, t, h, e)``, contiguous, and None for the weights.
@@ -69,14 +68,14 @@ def attention(
     asked = [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
     if asked:
         raise ValueError(f'attn_implementation="{NAME}" doesn\'t support {", ".join(asked)}')
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    elif attention_mask.dim() == 2:
         if attention_mask.dtype != torch.bool:
             raise TypeError(f"attention_mask must be torch.bool where it is (b, t_k), got {attention_mask.dtype}")
         attention_mask, is_causal = attention_mask[:, None, None], True
-    elif attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
-    if is_causal is None:
-        is_causal = attention_mask is None and getattr(module, "is_causal", True)
+    else:  # a static cache is longer than what causality counts from
+        attention_mask, is_causal = attention_mask[..., : key.shape[2]], False
     prefix = getattr(module, "fastadapt_prefix", None)
     if prefix is None:
         none = key.new_empty(key.shape[1], 0, key.shape[3])
@@ -182,9 +181,8 @@ def add_prefix(
     h = config.num_attention_heads
     h_kv = getattr(config, "num_key_value_heads", None) or h
     e = getattr(config, "head_dim", None) or config.hidden_size // h
-    weight = model.get_input_embeddings().weight
-    options = {"device": weight.device, "dtype": adapter_dtype(weight, options.pop("dtype", None)), **options}
-    encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **options)
+    dtype = model.dtype if model.dtype == torch.float64 else torch.float32
+    encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **{"device": model.device, "dtype": dtype, **options})
     hook = _Hook(layers, p if shift_positions else 0, backend, model.config._attn_implementation)
     model.set_attn_implementation(NAME)
     model.prefix_encoder = encoder.train(model.training)
