@@ -360,8 +360,17 @@ def test_refuses():
     add_prefix(model, P)
     with pytest.raises(ValueError, match="model must have no prefix yet"):
         add_prefix(model, P)
-    config = transformers.ViTConfig(image_size=8, patch_size=4, **{k: v for k, v in SIZES.items() if k[:3] in ("hid", "num")})
-    vit = transformers.ViTModel(config)
-    with pytest.raises(ValueError, match="shift_positions must be False for ViTModel, which takes no position_ids"):
-        add_prefix(vit, P, shift_positions=True)
-    assert add_prefix(vit, P).layers == 2 and vit(torch.randn(1, 3, 8, 8)).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ViT", "Esm"])
+def test_models_whose_positions_stay(name):
+    """One takes none, the other counts from the id of padding on."""
+    sizes = {k: v for k, v in SIZES.items() if k[:3] in ("hid", "num")} if name == "ViT" else {**SIZES, "mask_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(image_size=8, patch_size=4, intermediate_size=48, **sizes)
+    model = getattr(transformers, f"{name}Model")(config).to(DEVICE, torch.float64).eval()
+    with pytest.raises(ValueError, match=f"shift_positions must be False for {name}Model, which doesn't take positions"):
+        add_prefix(model, P, shift_positions=True)
+    trained = add_prefix(model, P).parameters()
+    inputs = rand(1, 3, 8, 8) if name == "ViT" else IDS.to(DEVICE)
+    call = lambda: model(inputs).last_hidden_state  # noqa: E731
+    assert_same(call, switched(model, "concatenation", call), trained)

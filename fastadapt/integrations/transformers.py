@@ -152,8 +152,10 @@ def add_prefix(
         model: a model whose attention layers take their function from ``transformers.AttentionInterface``.
         p: length of the prefixes.
         layers: the attention layers that get one, see :func:`attention_layers`; None for all. LLaMA-Adapter takes the topmost.
-        shift_positions: True: the first token of a sequence is at position ``p``, as if the prefix were tokens before it (so in
-            ``peft``). False: at 0 (LLaMA-Adapter). None: True for models that take ``position_ids``, unless there is a gate.
+        shift_positions: True: all tokens are ``p`` positions further on, as if the prefix were tokens before them (so in
+            ``peft``); ``position_ids`` of a call come without the shift, and are 0 to ``t - 1`` where it has none. The model
+            needs positions for ``p + t``. False: the prefix has no positions (LLaMA-Adapter). None: True for models that
+            take ``position_ids`` and count them from 0, unless there is a gate.
         backend: as in :func:`fastadapt.prefix_attention`.
         options: ``hidden``, ``width``, ``dropout``, ``gate``, ``init_std``, ``device`` and ``dtype`` of :class:`PrefixEncoder`.
 
@@ -172,11 +174,13 @@ def add_prefix(
         )
     if getattr(model, "prefix_encoder", None) is not None:
         raise ValueError("model must have no prefix yet; remove_prefix() takes one away")
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    shiftable = "position_ids" in inspect.signature(model.forward).parameters
+    # RoBERTa and its like count from padding_idx + 1, and only tokens that aren't padding.
+    shiftable &= not any(hasattr(module, "create_position_ids_from_inputs_embeds") for module in model.modules())
     if shift_positions is None:
-        shift_positions = takes_positions and options.get("gate") is None
-    if shift_positions and not takes_positions:
-        raise ValueError(f"shift_positions must be False for {type(model).__name__}, which takes no position_ids")
+        shift_positions = shiftable and options.get("gate") is None
+    if shift_positions and not shiftable:
+        raise ValueError(f"shift_positions must be False for {type(model).__name__}, which doesn't take positions from 0 on")
     config = model.config.get_text_config()
     h = config.num_attention_heads
     h_kv = getattr(config, "num_key_value_heads", None) or h
