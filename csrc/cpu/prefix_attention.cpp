@@ -142,6 +142,7 @@ struct Call {
       for (int64_t j = 0; j < p.h; ++j) gate.push_back(number(*a.gate, j * from.stride[3]));
       if (p.h == 0) gate.push_back(0);  // so that there is one
       p.gate = gate.data();
+      p.wide_gate = of_gate != dtype;
     }
     p.scale = a.scale;
     FA_CHECK(a.dropout_p >= 0 && a.dropout_p < 1, op, ": dropout_p must lie in [0, 1), got ", a.dropout_p);

@@ -32,6 +32,7 @@ struct Problem {
   const int64_t* key_lengths = nullptr;  // of each sequence; never null
   const int64_t* order = nullptr;        // the sequences, those of a prefix one behind the other
   const double* gate = nullptr;          // (h,)
+  bool wide_gate = false;                // float32 under a 16-bit q
   void* y = nullptr;    // (b, t, h, e)
   void* lse = nullptr;  // (1 or with a gate 2, b, h, t) of the compute type, by base e; null where forward needn't keep it
 

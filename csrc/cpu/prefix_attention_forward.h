@@ -203,7 +203,7 @@ struct Forward {
     const C total = sum<C>(load<C>(t.total + row * L));
     if (p.lse) {
       const C log = sizeof(C) == 4 ? __builtin_log2f(total) : __builtin_log2(total);
-      static_cast<C*>(p.lse)[part * p.b * p.h * p.t + at] = (t.top[row] + log) * static_cast<C>(ln_2);
+      static_cast<C*>(p.lse)[part * p.b * p.h * p.t + at] = static_cast<C>((t.top[row] + static_cast<double>(log)) * ln_2);
     }
     return total == 0 ? 0 : 1 / total;
   }
