@@ -102,10 +102,11 @@ CASES = (
     case("gate-with-dropout", b=2, h=2, t=20, e=16, p=9, dropout=0.3, gate="drawn"),
     case("steep", b=2, h=2, t=33, e=16, p=17, gain=8.0, causal=True),
     case("float32-parameters", b=2, h=2, t=19, e=16, p=5, parameters=torch.float32),
-    case("everything", b=3, t=3, t_k=9, e=24, p=5, each=True, **MASKED, **EVERYTHING),
+    case("everything", b=3, t=3, t_k=9, e=24, p=5, **MASKED, **EVERYTHING),
+    case("dropout-with-everything", b=3, t=3, t_k=9, e=24, p=5, each=True, dropout=0.2, **MASKED, **EVERYTHING),
     case("gated-with-everything", b=3, t=3, t_k=9, e=24, p=5, gate="drawn", **MASKED, **EVERYTHING),
     case("bank-of-sequences", b=4, h=2, t=6, e=16, p=5, g=3, ids=[2, 0, -1, 2]),
-    case("bank-with-everything", b=3, t=3, t_k=9, e=24, p=12, g=2, ids=[1, -1, 1], dropout=0.2, **MASKED, **EVERYTHING),
+    case("bank-with-everything", b=3, t=3, t_k=9, e=24, p=12, g=2, ids=[1, -1, 1], **MASKED, **EVERYTHING),
     case("bank-with-gate", b=4, h=2, t=6, e=16, p=5, g=3, ids=[2, 0, -1, 2], gate="drawn", parameters=torch.float32),
     case("bank-unused", b=3, h=2, t=5, e=16, p=4, g=2, ids=[-1] * 3),
 )
@@ -229,7 +230,7 @@ COMPILED = (
 
 def rounded(a, unit, points):
     """The docstring's formula in float64, and its roundings."""
-    value, gradient = (points.value, points.gradient) if unit == "matrix" else (lambda t: t,) * 2
+    value, gradient = (points.value, points.gradient) if unit != "vector" else (lambda t: t,) * 2
     q, k, v = a["q"], a["k"], a["v"]
     (b, h, t, e), t_k, p, device = q.shape, k.shape[2], a["prefix_k"].shape[-2], q.device
     of_query = lambda t: t.repeat_interleave(h // t.shape[-3], -3)  # noqa: E731
@@ -246,7 +247,7 @@ def rounded(a, unit, points):
     seen = seen & a["attn_mask"] if "attn_mask" in a else seen
     scores = scale * (q @ of_query(k).transpose(-1, -2))
     if "bias" in a:
-        seen, scores = seen & (a["bias"] != HIDDEN), scores + a["bias"].double() / 8
+        seen, scores = seen & (a["bias"] != HIDDEN), scores + a["bias"].to(scores.dtype) / 8
     prefix_scores = scale * (q @ of_query(prefix_k).transpose(-1, -2))
     prefix_seen = torch.ones_like(prefix_scores, dtype=torch.bool)
     prefix_seen = prefix_seen if ids is None else prefix_seen & (ids >= 0)[:, None, None, None]
@@ -260,7 +261,12 @@ def rounded(a, unit, points):
         weights = torch.where(seen, (scores - top).exp(), 0.0)
         total = weights.sum(-1, keepdim=True)
         mixed = (value(weights) * stays) @ torch.where(seen.any((-2,))[..., None], values, 0.0)
-        return torch.where(total == 0, 0.0, mixed / torch.where(total == 0, 1.0, total))
+        y = torch.where(total == 0, 0.0, mixed / torch.where(total == 0, 1.0, total))
+        if y.requires_grad:  # backward makes the weights anew, from a sum whose logarithm is a float32 number
+            lse = (top + total.log()).detach()
+            off = torch.where(lse.isfinite(), lse.float() - lse, 0.0).to(y.dtype)
+            y.register_hook(lambda grad: grad * (1 + off))
+        return y
 
     v, prefix_v = of_query(v), of_query(prefix_v).expand(b, h, p, e)
     own_stays, prefix_stays = stays[..., stays.shape[-1] - t_k :], stays[..., :p]
@@ -302,7 +308,7 @@ def fuzz(draw, st):
 NUMERICS = Numerics(
     rounded=rounded,
     # Matrix units round weights before they are divided by their sum, in an order of tiles that the model doesn't know.
-    predicted=lambda a, unit: () if unit == "matrix" else ("y",),
+    predicted=lambda a, unit: ("y",) if unit == "vector" else (),
     exact=(),  # no exponential is
     rows=("key_lengths", "adapter_ids", "bias"),
     alone={},
