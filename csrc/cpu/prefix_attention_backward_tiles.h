@@ -116,7 +116,11 @@ struct Tiles {
     auto multiply = [&](const Operand<C>& a, const C* b, C* c) FA_FORCED {
       product(end - begin, p.e, n, a.data + begin * a.ld, a.ld, b, tile_keys, false, c + begin * tile_keys, tile_keys);
     };
-    multiply({w.scaled_q, width(p)}, w.keys_t, w.weights);
+    if (tile.own && in_place<C>(p, p.k))
+      scores_in_place<T>(p, tile.i, tile.head, tile.first, n, end - begin, w.scaled_q + begin * width(p), width(p),
+                         w.weights + begin * tile_keys);
+    else
+      multiply({w.scaled_q, width(p)}, w.keys_t, w.weights);
     if (tile.slopes) multiply(s.grad_y, w.values_t, w.grad_scores);
   }
 

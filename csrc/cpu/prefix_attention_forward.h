@@ -11,9 +11,6 @@ constexpr int64_t group_rows = 24, diagonal_rows = 12;
 // The largest score of a row may grow by so much before its sums are scaled again: a weight is at most 2^8.
 constexpr int slack = 8;
 
-// Rows of all heads of a key head up to which own keys are read where they lie: to pack them would take longer.
-constexpr int64_t few_rows = 4;
-
 // A packed prefix of a head up to this size stays for the next sequences.
 constexpr int64_t kept_bytes = 1 << 20;
 
@@ -96,33 +93,13 @@ struct Forward {
     pack_rows<T>(row_of<S>(values, i, kv, first), values.stride[2], values.stride[3], n, e, out, padded<C>(e));
   }
 
-  // Whether whole vectors of rows of t can be read for few rows. Not a question of the number of threads, so that bits aren't.
-  static bool in_place(const Problem& p, const Heads& t) {
-    return p.t * (p.h / p.h_kv) <= few_rows && p.e % L == 0 && t.stride[3] == 1;
-  }
-
   static Tile own_tile(const Problem& p, const Thread& t, const Unit& u, int64_t first, int64_t n) {
-    Tile out{in_place(p, p.k) ? nullptr : t.keys, t.values, padded<C>(p.e)};
+    Tile out{in_place<C>(p, p.k) ? nullptr : t.keys, t.values, padded<C>(p.e)};
     if (out.keys) pack_keys<T>(p.k, u.i, u.kv, first, n, p.e, t.keys);
     if constexpr (sizeof(T) == sizeof(C))
-      if (in_place(p, p.v)) return {out.keys, row_of<T>(p.v, u.i, u.kv, first), p.v.stride[2]};
+      if (in_place<C>(p, p.v)) return {out.keys, row_of<T>(p.v, u.i, u.kv, first), p.v.stride[2]};
     pack_values<T>(p.v, u.i, u.kv, first, n, p.e, t.values);
     return out;
-  }
-
-  // Scores of rows and own keys [first, first + n), which lie in memory one behind the other, by vectors along a key.
-  static void scores_in_place(const Problem& p, const Unit& u, int64_t first, int64_t n, int64_t rows, const C* q, C* scores) {
-    const T* key = row_of<T>(p.k, u.i, u.kv, first);
-    for (int64_t j = 0; j < n; j += L)
-      for (int64_t r = 0; r < rows; ++r) {
-        Vec<C> acc[L] = {};
-        for (int64_t c = 0; c < p.e; c += L) {
-          const Vec<C> x = load<C>(q + r * p.e + c);
-#pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) acc[l] += x * load<C>(key + least(j + l, n - 1) * p.k.stride[2] + c);
-        }
-        store(scores + r * tile_keys + j, sums<C, L>(acc));
-      }
   }
 
   // Weights of a row of n scores in place of them; the last lanes may be of no key.
@@ -171,7 +148,7 @@ struct Forward {
       if (tile.keys)
         product(rows, p.e, seen, t.q + g * ld, ld, tile.keys, width, false, t.scores, tile_keys);
       else
-        scores_in_place(p, u, first, seen, rows, t.q + g * ld, t.scores);
+        scores_in_place<T>(p, u.i, u.kv, first, seen, rows, t.q + g * ld, ld, t.scores);
       for (int64_t r = 0; r < rows; ++r) {
         C* scores = t.scores + r * tile_keys;
         const int64_t row = g + r, query = u.first + row % u.queries, head = u.head + row / u.queries;

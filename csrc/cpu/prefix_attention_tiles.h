@@ -134,6 +134,34 @@ void product(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const 
     });
 }
 
+// Rows of all heads of a key head up to which own keys are read where they lie: to pack them would take longer.
+constexpr int64_t few_rows = 4;
+
+// Whether whole vectors of rows of t can be read for few rows. Not a question of the number of threads, so that bits aren't.
+template <class C>
+FA_INLINE bool in_place(const Problem& p, const Heads& t) {
+  return p.t * (p.h / p.h_kv) <= few_rows && p.e % lanes<C> == 0 && t.stride[3] == 1;
+}
+
+// Scores of rows, `ld` apart, and own keys [first, first + n) of a head, by vectors along a key. Both directions have to take
+// the same way: backward relies on the bits of forward's scores.
+template <class T, class C>
+void scores_in_place(const Problem& p, int64_t i, int64_t kv, int64_t first, int64_t n, int64_t rows, const C* q, int64_t ld,
+                     C* scores) {
+  constexpr int L = lanes<C>;
+  const T* key = row_of<T>(p.k, i, kv, first);
+  for (int64_t j = 0; j < n; j += L)
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec<C> acc[L] = {};
+      for (int64_t c = 0; c < p.e; c += L) {
+        const Vec<C> x = load<C>(q + r * ld + c);
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) acc[l] += x * load<C>(key + least(j + l, n - 1) * p.k.stride[2] + c);
+      }
+      store(scores + r * tile_keys + j, sums<C, L>(acc));
+    }
+}
+
 // --- who sees what ---------------------------------------------------------------------------------------------------
 
 // The own keys that query l of sequence i sees, but for attn_mask: those below this one.
