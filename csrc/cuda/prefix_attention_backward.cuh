@@ -1,0 +1,3 @@
+// prefix_attention backward on the GPU.  Free of torch.
+#pragma once
+#include "prefix_attention_tiles.cuh"
