@@ -152,15 +152,20 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     float scores[kScores][4];
     multiply_heads<E>(scores, q + warp_row * Tile::kLine, k, p.depth(), width / 8);
-    const bool all_seen = own && !p.mask.data && begin + width <= least_bound;
+    const bool masked = own && p.mask.data, all_seen = !masked && begin + width <= (own ? least_bound : prefix.keys);
 #pragma unroll
-    for (int j = 0; j < kScores; j++) {
-      if (j * 8 >= width) break;
+    for (auto& block : scores)
+      for (float& score : block) score *= p.scale;
+    if (!all_seen) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int key = begin + j * 8 + lane % 4 * 2 + i % 2;
-        if (own && !all_seen) scores[j][i] = own_score<T>(p, scores[j][i], mask_offset[i / 2], key, bound[i / 2]);
-        else scores[j][i] = own || key < prefix.keys ? p.scale * scores[j][i] : -INFINITY;
+      for (int j = 0; j < kScores; j++) {
+        if (j * 8 >= width) break;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int key = begin + j * 8 + lane % 4 * 2 + i % 2;
+          if (key >= (own ? bound[i / 2] : prefix.keys)) scores[j][i] = -INFINITY;
+          else if (masked) scores[j][i] = p.mask.add<T>(scores[j][i], mask_offset[i / 2], key);
+        }
       }
     }
     if (gated && step >= second_pass) {

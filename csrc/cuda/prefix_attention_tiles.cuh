@@ -23,7 +23,7 @@ struct Heads {
 
 enum class MaskKind { boolean, same, float32 };  // same: the dtype of q
 
-// What is added to the score of each query and key: of a boolean mask nothing, or -inf where it is false.
+// Which own keys a query sees, or what is added to their scores.
 struct Mask {
   const void* data;  // nullptr: absent
   MaskKind kind;
@@ -32,14 +32,13 @@ struct Mask {
   __device__ __forceinline__ int64_t offset(int64_t i, int64_t of_head, int64_t of_token) const {
     return i * sequence + of_head * head + of_token * token;
   }
+  // A score with the mask: -inf where the key is hidden, whatever the score.
   template <class T>
-  __device__ __forceinline__ float at(int64_t offset, int64_t of_key) const {
+  __device__ __forceinline__ float add(float score, int64_t offset, int64_t of_key) const {
     const int64_t at = offset + of_key * key;
-    switch (kind) {
-      case MaskKind::boolean: return static_cast<const unsigned char*>(data)[at] ? 0.f : -INFINITY;
-      case MaskKind::same: return to_float(static_cast<const T*>(data)[at]);
-      default: return static_cast<const float*>(data)[at];
-    }
+    if (kind == MaskKind::boolean) return static_cast<const unsigned char*>(data)[at] ? score : -INFINITY;
+    const float added = kind == MaskKind::same ? to_float(static_cast<const T*>(data)[at]) : static_cast<const float*>(data)[at];
+    return added == -INFINITY ? added : score + added;
   }
 };
 
@@ -230,16 +229,6 @@ __device__ __forceinline__ float row_max(float v) {
 __device__ __forceinline__ float row_sum(float v) {
   v += __shfl_xor_sync(0xffffffffu, v, 1);
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-
-// The score of an own key at or beyond a query's bound, or that a mask hides, is -inf.
-template <class T>
-__device__ __forceinline__ float own_score(const PrefixAttention& p, float product, int64_t mask_offset, int key, int bound) {
-  if (key >= bound) return -INFINITY;
-  const float score = p.scale * product;
-  if (!p.mask.data) return score;
-  const float added = p.mask.at<T>(mask_offset, key);
-  return added == -INFINITY ? added : score + added;
 }
 
 }  // namespace fastadapt
