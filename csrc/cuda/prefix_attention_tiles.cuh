@@ -231,4 +231,11 @@ __device__ __forceinline__ float row_sum(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
+// The score of an own key, of the product of query and key; at or beyond the query's bound it is -inf.
+template <class T>
+__device__ __forceinline__ float own_score(const PrefixAttention& p, float product, int64_t mask_offset, int key, int bound) {
+  if (key >= bound) return -INFINITY;
+  return p.mask.data ? p.mask.add<T>(p.scale * product, mask_offset, key) : p.scale * product;
+}
+
 }  // namespace fastadapt
