@@ -17,7 +17,7 @@ struct ForwardTile {
                                 weigh_scratch<T, kScores>() * sizeof(float);
 };
 
-// The softmax of a lane's two rows, so far: of exponentials of scores less `top`, of which the four lanes of a row add their own.
+// The softmax of a lane's two rows, so far; of the exponentials of scores less `top` each of a row's four lanes adds its own.
 struct Softmax {
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
@@ -98,10 +98,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int steps = own_tiles + (gated ? 2 : 1) * prefix_tiles;
   auto is_own = [&](int step) { return gated ? step < own_tiles : step >= prefix_tiles; };
   auto begin_of = [&](int step) {
-    const int tile = is_own(step) ? step - first_own : gated && step >= second_pass ? step - second_pass
-                                                   : gated                        ? step - first_pass
-                                                                                    : step;
-    return tile * Tile::kKeys;
+    const int first = is_own(step) ? first_own : !gated ? 0 : step < second_pass ? first_pass : second_pass;
+    return (step - first) * Tile::kKeys;
   };
   auto width_of = [&](int step) {  // keys of a tile, in steps of tensor cores
     return least(round_up((is_own(step) ? own_end : prefix.keys) - begin_of(step), 16), Tile::kKeys);

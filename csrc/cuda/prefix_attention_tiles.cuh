@@ -1,7 +1,7 @@
 // What both directions of prefix_attention share: the arguments as kernels see them, tiles of scores, who sees whom.
 //
 // The queries of all heads that share a key head are the rows of one matrix, heads fastest: a tile of rows then reads its keys
-// once, and has neighbouring tokens under a causal mask.  Row r is token r / group of query head `key head * group + r % group`.
+// once, and has neighbouring tokens under a causal mask.  Row r is token r / group of query head key_head * group + r % group.
 #pragma once
 #include "dropout.cuh"
 #include "rows.cuh"
@@ -37,7 +37,8 @@ struct Mask {
   __device__ __forceinline__ float add(float score, int64_t offset, int64_t of_key) const {
     const int64_t at = offset + of_key * key;
     if (kind == MaskKind::boolean) return static_cast<const unsigned char*>(data)[at] ? score : -INFINITY;
-    const float added = kind == MaskKind::same ? to_float(static_cast<const T*>(data)[at]) : static_cast<const float*>(data)[at];
+    const float added =
+        kind == MaskKind::same ? to_float(static_cast<const T*>(data)[at]) : static_cast<const float*>(data)[at];
     return added == -INFINITY ? added : score + added;
   }
 };
@@ -129,7 +130,8 @@ __device__ __forceinline__ void load_tokens(
       return;
     }
   const T* from = heads.at<T>(i, head, begin);
-  load_tile<E>(tile, rows, columns, e, heads.inner, [&](int row) { return begin + row < end ? from + row * heads.token : nullptr; });
+  load_tile<E>(tile, rows, columns, e, heads.inner,
+      [&](int row) { return begin + row < end ? from + row * heads.token : nullptr; });
 }
 
 // The same for rows of the queries that share a key head.
@@ -171,8 +173,8 @@ constexpr int weigh_scratch() {
   return sizeof(T) == 2 ? 0 : kWarps * 16 * (NI * 8 + 4);
 }
 
-// acc += weights @ b for the weights in a warp's accumulators, rounded to T: 16 rows, `depth` columns.  b is (depth, columns) in
-// a tile E wide, of whose columns `live` blocks of 8 are wanted.
+// acc += weights @ b for the weights in a warp's accumulators, rounded to T: 16 rows, `depth` columns.  b is (depth, columns)
+// in a tile E wide, of whose columns `live` blocks of 8 are wanted.
 template <int E, int NI, int NJ, class T>
 __device__ __forceinline__ void weigh(
     float (&acc)[NJ][4], const float (&weights)[NI][4], float* scratch, const T* b, int depth, int live) {
