@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   FA_DYNAMIC_SHARED(shared);
   using Tile = ForwardTile<T, E>;
   constexpr int kScores = Tile::kScores, kBlocks = Tile::kBlocks;
-  int64_t* numbers = reinterpret_cast<int64_t*>(shared);
+  int64_t* numbers = reinterpret_cast<int64_t*>(shared);  // of the rows, for dropout
   T* q = reinterpret_cast<T*>(numbers + Tile::kRows);
   T *k = q + Tile::kRows * Tile::kLine, *v = k + Tile::kKeys * Tile::kLine;
   float* scratch = reinterpret_cast<float*>(v + Tile::kKeys * Tile::kLine);
@@ -129,17 +129,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       float sum = softmax.close(half, total);
       if (prefix.outside) sum = nanf("");
       by[half] = total == 0.f ? 0.f : 1.f / total;
-      const int row = warp_row + lane / 4 + half * 8;
-      if (lse && warp_column == 0 && lane % 4 == 0 && row0 + row <= last_row)
-        lse[part * p.b * p.h * p.t + numbers[row]] = sum;
+      const int row = row0 + warp_row + lane / 4 + half * 8;
+      if (lse && warp_column == 0 && lane % 4 == 0 && row <= last_row)
+        lse[part * p.b * p.h * p.t + Query(p, key_head, row).number(p, sequence)] = sum;
       softmax.top[half] = divide ? -INFINITY : sum, softmax.sum[half] = 0.f;
     }
     if (divide) scale_rows(by);
   };
 
-  load_queries<E>(q, Tile::kRows, p, p.q, sequence, key_head, row0);
-  if (steps) load(k, 0, p.k, p.prefix_k);
-  else cp_async_commit();
+  if (steps) {
+    load_queries<E>(q, Tile::kRows, p, p.q, sequence, key_head, row0);
+    load(k, 0, p.k, p.prefix_k);
+  }
 #pragma unroll 1
   for (int step = 0; step < steps; step++) {
     const bool own = is_own(step), weighs = !gated || own || step >= second_pass;
@@ -187,10 +188,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();  // the values are there, and all have left the keys
     if (step + 1 < steps) load(k, step + 1, p.k, p.prefix_k);
     if (weighs) weigh<E>(acc, scores, scratch, v + warp_column, width, live);
-  }
-  if (!steps) {
-    cp_async_wait<0>();
-    __syncthreads();
   }
   if (!gated) {
     close(0, true);
