@@ -87,6 +87,7 @@ struct PrefixAttention {
 struct Query {
   int head, token;
 
+  __device__ __forceinline__ Query(int head, int token) : head(head), token(token) {}
   __device__ __forceinline__ Query(const PrefixAttention& p, int key_head, int row)
       : head(key_head * p.group + row % p.group), token(row / p.group) {}
   // Among all b * h * t rows: of lse and of the dropout matrix.
