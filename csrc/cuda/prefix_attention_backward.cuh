@@ -39,7 +39,7 @@ struct TilePair {
   __device__ __forceinline__ bool warp_has_rows() const { return static_cast<int>(threadIdx.x) / 32 * 16 < rows; }
 };
 
-// The rows of a tile of queries, with one division for all.
+// The rows of a tile of queries, with one division for all of them.
 struct TileRows {
   const AttentionBackward& p;
   int head, token, rest;  // the first head of the group; of the first row the token, and the head in the group
@@ -91,8 +91,8 @@ __device__ __forceinline__ void load_side(T* tile, const AttentionBackward& p, c
 }
 
 // Goes over `count` pairs.  Of each the scores are computed, with `values` also the products of grad_y with the values:
-// weigh(pair, scores, products) sees them, in the layout of accumulators, in the warps that have rows.  Then come `chunks` steps
-// of kDepth columns from `first` on: use(pair, chunk, left, right) sees what sides(pair, left, right) asked for.
+// weigh(pair, scores, products) sees them, in the layout of accumulators, in the warps that have rows.  Then come `chunks`
+// steps of kDepth columns from `first` on: use(pair, chunk, left, right) sees what sides(pair, left, right) asked for.
 template <class T, class Walk, class Sides, class Weigh, class Use>
 __device__ __forceinline__ void over_pairs(const AttentionBackward& p, T* stages, int64_t count, Walk walk, bool values,
     int first, int chunks, Sides sides, Weigh weigh, Use use) {

@@ -75,11 +75,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 // The gradients of keys and values; nullptr where not wanted.
 struct KeysGradients {
   AttentionBackward p;
-  void *k, *v;                   // (b, t_k, h_kv, e)
-  Groups groups;                 // the sequences of each prefix
-  int each;                      // prefix i belongs to sequence i
-  int64_t prefixes, splits, prefix_blocks;  // blocks of prefixes come first
-  float *prefix_k, *prefix_v;    // planes (splits, prefixes, h_kv, p, e) without scales
+  void *k, *v;    // (b, t_k, h_kv, e)
+  Groups groups;  // the sequences of each prefix
+  int each;       // prefix i belongs to sequence i
+  int64_t prefixes, splits, prefix_blocks;  // the blocks of prefixes come first
+  float *prefix_k, *prefix_v;               // planes (splits, prefixes, h_kv, p, e) that lack their scales
 };
 
 // The tiles of rows that meet a tile of keys: those of one sequence, or of one sequence of a prefix after another.

@@ -6,6 +6,8 @@ from .bottleneck_cuda import KEPT, ONLY_BFLOAT16, ONLY_FLOAT32
 HEADERS = "csrc/cuda/"
 TILES, FWD = HEADERS + "prefix_attention_tiles.cuh", HEADERS + "prefix_attention.cuh"
 PLAN = HEADERS + "prefix_attention_plan.cuh"
+PAIRS, GRADIENTS = HEADERS + "prefix_attention_backward.cuh", HEADERS + "prefix_attention_gradients.cuh"
+BACKWARD = HEADERS + "prefix_attention_plan_backward.cuh"
 
 
 def emulated(select, tests="tests/test_cuda_emulated.py", edits=ONLY_BFLOAT16):
@@ -23,7 +25,9 @@ FAR = Rung(
 )
 RACES = emulated("everything-bfloat16-thread and test_sanitizer_reports_nothing")
 ADDRESSES = emulated("odd-bfloat16 and test_no_access_out_of_bounds")
+ALONE = emulated("gated-with-everything-bfloat16 and test_one_gradient_alone")
 OUTPUT = "output: (l2|max) error|output: not finite"
+ERROR = "grad of {0}: (l2|max) error|grad of {0}: not finite"
 
 MUTANTS = (
     Mutant(
@@ -120,5 +124,54 @@ MUTANTS = (
         "one key too many loaded", "load out of bounds", {ADDRESSES: "heap-buffer-overflow"},
         [(TILES, "return begin + row < end ? from + row * heads.token : nullptr;",
           "return begin + row <= end ? from + row * heads.token : nullptr;")],
+    ),
+    Mutant(
+        "delta of the own keys with that of the prefix", "missing term", {matches("gate"): ERROR.format("k")},
+        [(PAIRS, "dots[row] - p.a.gate.at<T>(query.head) * of_prefix", "dots[row]")],
+        fast=True,
+    ),
+    Mutant(
+        "gradients of the prefix without its gate", "missing term", {matches("gate"): ERROR.format("prefix_v")},
+        [(PAIRS, "!FOR_DELTA && prefix && a.gate.data ? a.gate.at<T>(query.head) : 1.f", "1.f")],
+    ),
+    Mutant(
+        "dropped weights pass a gradient", "missing term", {matches("dropout"): ERROR.format("q")},
+        [(PAIRS, "if (a.dropout.threshold) product = stays ?", "if (a.dropout.threshold) product = true ?")],
+    ),
+    Mutant(
+        "gradient of values without the scale of dropout", "missing term", {matches("dropout"): ERROR.format("v")},
+        [(GRADIENTS, "store(of_values, q.v, q.prefix_v, a.dropout.threshold ? a.dropout.scale : 1.f);",
+          "store(of_values, q.v, q.prefix_v, 1.f);")],
+    ),
+    Mutant(
+        "weights where nothing is seen", "zero times infinity",
+        {matches("more-queries-without-prefix"): ERROR.format("v")},
+        [(PAIRS, "if (lse != -INFINITY) seen =", "seen =")],
+    ),
+    Mutant(
+        "keys of the causal diagonal meet the next rows", "tail skipped", {matches("long"): ERROR.format("k")},
+        [(GRADIENTS, "least(a.first_token(key), a.t) * a.group / kSide;",
+          "static_cast<int>(divide_up(least(a.first_token(key), a.t) * a.group + 1, kSide));")],
+    ),
+    Mutant(
+        "delta of the first columns", "tail skipped", {matches("odd", "float32"): ERROR.format("q")},
+        [(PAIRS, "while (lanes * 8 < p.a.e)", "while (lanes * 16 <= p.a.e)")],
+    ),
+    Mutant(
+        "splits share a plane", "race", {matches("long-unmasked", "float32"): ERROR.format("prefix_k")},
+        [(GRADIENTS, "plane = ((split * q.prefixes", "plane = ((0 * q.prefixes")],
+    ),
+    Mutant(
+        "first plane alone", "one tile of several", {matches("long-unmasked", "float32"): ERROR.format("prefix_v")},
+        [(GRADIENTS, "add_planes(planes + at, p.splits, p.size)", "add_planes(planes + at, 1, p.size)")],
+    ),
+    Mutant(
+        "sequences of a bank in their own order", "wrong row of a bank",
+        {matches("bank-of-sequences", "float32"): ERROR.format("prefix_k")},
+        [(GRADIENTS, "walk.order = q.groups.order", "walk.order = nullptr")],
+    ),
+    Mutant(
+        "delta for the queries alone", "gradient mask ignored", {ALONE: ERROR.format("(k|prefix_k|gate)")},
+        [(BACKWARD, "if (o.q.data || o.k.data || o.prefix_k.data || o.gate.data) {", "if (o.q.data) {")],
     ),
 )  # fmt: skip
