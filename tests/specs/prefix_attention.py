@@ -342,4 +342,13 @@ SPEC = OpSpec(
     numerics=NUMERICS,
     compiled=COMPILED,
     large=lambda elements: case("large", b=elements // 2**20 + 2, h=8, t=1024, t_k=16, e=128, p=8),
+    many=((case("sequences", b=2**16 + 5, h=1, t=1, e=8, p=1), ("q", "k", "v")),),
+    tiled=(
+        case("width-of-72", b=1, t=70, t_k=135, e=72, p=40, **EVERYTHING),
+        case("width-of-136", b=1, t=37, t_k=70, e=136, p=40, gate="drawn", **EVERYTHING),
+    ),
+    planted=(
+        case("looped", b=2, t=70, t_k=140, e=24, p=140, dropout=0.2, **EVERYTHING),
+        case("looped-gate", b=2, t=70, t_k=140, e=24, p=140, gate="drawn", lengths=[140, 135], **EVERYTHING),
+    ),
 )  # fmt: skip
