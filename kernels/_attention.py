@@ -1,7 +1,7 @@
 """What the kernels of prefix_attention share: the rows of a key head, what they see, and their scores.
 
-The query heads that share a key head stand one behind the other: row ``i * t + l`` of a key head is query ``l`` of the i-th of
-its heads. Scores are by base 2, and so are their logarithms here.
+The rows of a key head are the queries of all query heads that share it, its ``group``. Scores are by base 2, and so are their
+logarithms here.
 """
 
 import triton
@@ -22,10 +22,30 @@ def head_tile(b, tiles):
 
 
 @triton.jit
-def row_offsets_of(sequence, head, rows, t, group, strides):
-    """Where the rows of a key head begin in a tensor ``(b, h, t, ...)``."""
-    member, query = (rows // t).to(tl.int64), (rows % t).to(tl.int64)
-    return sequence * strides[0] + (head * group + member) * strides[1] + query * strides[2]
+def tile_queries(tile, t, group, PACKED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the rows of a tile of a key head: which of its query heads and which queries they are, and which of them exist.
+    ``PACKED``: a tile holds several short heads; else it is of one, which spares each row a division."""
+    steps = tl.arange(0, BLOCK_M)
+    if PACKED:
+        rows = tile * BLOCK_M + steps
+        members, queries, inside = rows // t, rows % t, rows < group * t
+    else:
+        tiles = tl.cdiv(t, BLOCK_M)
+        queries = tile % tiles * BLOCK_M + steps
+        members, inside = tile // tiles + 0 * steps, queries < t
+    return members, queries, inside
+
+
+@triton.jit
+def query_offsets(sequence, head, members, queries, group, strides):
+    """Where queries begin in a tensor ``(b, h, t, ...)``."""
+    return sequence * strides[0] + (head * group + members) * strides[1] + queries.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def flat_queries(sequence, head, members, queries, h_kv, group, t):
+    """Numbers of queries among all ``b * h * t``."""
+    return ((sequence * h_kv + head) * group + members) * t + queries
 
 
 @triton.jit
@@ -62,11 +82,11 @@ def own_length(lengths_ptr, sequence, t_k):
 
 
 @triton.jit
-def limits_of(rows, inside, length, t, t_k, CAUSAL: tl.constexpr):
-    """How many of the first own keys each row sees, if no mask hides more."""
+def limits_of(queries, inside, length, t, t_k, CAUSAL: tl.constexpr):
+    """How many of the first own keys each query sees, if no mask hides more."""
     limits = tl.where(inside, length, 0)
     if CAUSAL:
-        limits = tl.maximum(tl.minimum(limits, rows % t + (t_k - t) + 1), 0)
+        limits = tl.maximum(tl.minimum(limits, queries + (t_k - t) + 1), 0)
     return limits
 
 
@@ -98,5 +118,5 @@ def saved_lse(lse_ptr, rows, inside):
 
 
 @triton.jit
-def gate_of(gate_ptr, head, rows, inside, t, group):
-    return tl.load(gate_ptr + head * group + rows // t, mask=inside, other=0.0).to(tl.float32)
+def gates_of(gate_ptr, head, members, inside, group):
+    return tl.load(gate_ptr + head * group + members, mask=inside, other=0.0).to(tl.float32)

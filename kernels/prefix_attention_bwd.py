@@ -4,16 +4,18 @@ import triton
 import triton.language as tl
 
 from ._attention import (
-    gate_of,
+    flat_queries,
+    gates_of,
     head_tile,
     hide,
     kept_weights,
     limits_of,
     own_length,
     prefix_of,
-    row_offsets_of,
+    query_offsets,
     rows_tile,
     saved_lse,
+    tile_queries,
 )  # fmt: skip
 from ._common import sum_planes
 
@@ -45,24 +47,23 @@ def key_rows(
 def prefix_attention_bwd_delta_kernel(
     grad_ptr, grad_strides, y_ptr, y_strides, q_ptr, q_strides, prefix_k_ptr, prefix_k_strides, prefix_v_ptr, prefix_v_strides,
     gate_ptr, ids_ptr, seed_ptr, threshold, kept_scale, scale, b, h_kv, group, t, p, g, lse_ptr, delta_ptr, tiles,
-    ALONE: tl.constexpr, TAIL: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
+    ALONE: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows of a key head: the sum over keys of each weight times its gradient, which is the product of
     a row with its gradient. With a gate also that over the prefix alone, which is taken, times the gate, from the other."""
     sequence, head, tile = head_tile(b, tiles)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < group * t
-    flat = (sequence * h_kv + head) * (tl.cast(t, tl.int64) * group) + rows
+    members, queries, inside = tile_queries(tile, t, group, PACKED, BLOCK_M)
+    flat = flat_queries(sequence, head, members, queries, h_kv, group, t)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    grad_offsets = row_offsets_of(sequence, head, rows, t, group, grad_strides)
+    grad_offsets = query_offsets(sequence, head, members, queries, group, grad_strides)
     grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH)
-    y_offsets = row_offsets_of(sequence, head, rows, t, group, y_strides)
+    y_offsets = query_offsets(sequence, head, members, queries, group, y_strides)
     y = rows_tile(y_ptr, y_offsets, inside, y_strides[3], dtype, E, WIDTH)
     delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
     if gate_ptr is not None:
         every = tl.cast(b, tl.int64) * h_kv * group * t
-        q_offsets = row_offsets_of(sequence, head, rows, t, group, q_strides)
+        q_offsets = query_offsets(sequence, head, members, queries, group, q_strides)
         q = rows_tile(q_ptr, q_offsets, inside, q_strides[3], dtype, E, WIDTH)
         lse = saved_lse(lse_ptr + every, flat, inside)
         owner, length, _ = prefix_of(ids_ptr, sequence, p, g, ALONE)
@@ -71,13 +72,13 @@ def prefix_attention_bwd_delta_kernel(
         limits = tl.where(inside, length, 0)
         prefix_delta = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, length, BLOCK_P):
-            _, weights, grads = key_rows(
+            k, weights, grads = key_rows(
                 q, grad_y, start, limits, prefix_k_ptr, prefix_k_strides[2], prefix_k_strides[3], prefix_v_ptr,
-                prefix_v_strides[2], prefix_v_strides[3], length, scale, None, rows, 0, flat, 0, seed_ptr, threshold,
+                prefix_v_strides[2], prefix_v_strides[3], length, scale, None, flat, 0, flat, 0, seed_ptr, threshold,
                 kept_scale, lse, TAIL, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
             )  # fmt: skip
             prefix_delta += tl.sum(weights * grads, 1)
-        delta -= gate_of(gate_ptr, head, rows, inside, t, group) * prefix_delta
+        delta -= gates_of(gate_ptr, head, members, inside, group) * prefix_delta
         tl.store(delta_ptr + every + flat, prefix_delta, mask=inside)
     tl.store(delta_ptr + flat, delta, mask=inside)
 
@@ -87,19 +88,18 @@ def prefix_attention_bwd_queries_kernel(
     grad_ptr, grad_strides, q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, prefix_k_ptr, prefix_k_strides, prefix_v_ptr,
     prefix_v_strides, gate_ptr, lengths_ptr, mask_ptr, mask_strides, ids_ptr, seed_ptr, threshold, kept_scale, own_column,
     scale, grad_scale, b, h_kv, group, t, t_k, p, g, lse_ptr, delta_ptr, grad_q_ptr, grad_q_strides, tiles,
-    CAUSAL: tl.constexpr, ALONE: tl.constexpr, TAIL: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, ALONE: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows of a key head and walks the keys as forward does: the gradient of the queries."""
     sequence, head, tile = head_tile(b, tiles)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < group * t
-    flat = (sequence * h_kv + head) * (tl.cast(t, tl.int64) * group) + rows
+    members, queries, inside = tile_queries(tile, t, group, PACKED, BLOCK_M)
+    flat = flat_queries(sequence, head, members, queries, h_kv, group, t)
     every = tl.cast(b, tl.int64) * h_kv * group * t
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    q_offsets = row_offsets_of(sequence, head, rows, t, group, q_strides)
+    q_offsets = query_offsets(sequence, head, members, queries, group, q_strides)
     q = rows_tile(q_ptr, q_offsets, inside, q_strides[3], dtype, E, WIDTH)
-    grad_offsets = row_offsets_of(sequence, head, rows, t, group, grad_strides)
+    grad_offsets = query_offsets(sequence, head, members, queries, group, grad_strides)
     grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH)
     lse = saved_lse(lse_ptr, flat, inside)
     delta = tl.load(delta_ptr + flat, mask=inside, other=0.0)
@@ -116,23 +116,23 @@ def prefix_attention_bwd_queries_kernel(
     for start in range(0, prefix_length, BLOCK_P):
         k, weights, grads = key_rows(
             q, grad_y, start, prefix_limits, prefix_k_ptr, prefix_k_strides[2], prefix_k_strides[3], prefix_v_ptr,
-            prefix_v_strides[2], prefix_v_strides[3], prefix_length, scale, None, rows, 0, flat, 0, seed_ptr, threshold,
+            prefix_v_strides[2], prefix_v_strides[3], prefix_length, scale, None, flat, 0, flat, 0, seed_ptr, threshold,
             kept_scale, prefix_lse, TAIL, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
         )  # fmt: skip
         grad_scores = (weights * (grads - prefix_delta[:, None])).to(dtype)
         acc = tl.dot(grad_scores, k, acc, input_precision=PRECISION)
     if gate_ptr is not None:
-        acc *= gate_of(gate_ptr, head, rows, inside, t, group)[:, None]
+        acc *= gates_of(gate_ptr, head, members, inside, group)[:, None]
 
     k_ptr += sequence * k_strides[0] + head * k_strides[1]
     v_ptr += sequence * v_strides[0] + head * v_strides[1]
     length = own_length(lengths_ptr, sequence, t_k)
-    limits = limits_of(rows, inside, length, t, t_k, CAUSAL)
+    limits = limits_of(queries, inside, length, t, t_k, CAUSAL)
     seen_by_all = tl.min(tl.where(inside, limits, length), 0) // BLOCK_N * BLOCK_N
     mask_offsets = flat
     if mask_ptr is not None:
         seen_by_all = 0
-        mask_offsets = row_offsets_of(sequence, head, rows, t, group, mask_strides)
+        mask_offsets = query_offsets(sequence, head, members, queries, group, mask_strides)
     for start in range(0, seen_by_all, BLOCK_N):
         k, weights, grads = key_rows(
             q, grad_y, start, limits, k_ptr, k_strides[2], k_strides[3], v_ptr, v_strides[2], v_strides[3], length, scale,
@@ -149,7 +149,7 @@ def prefix_attention_bwd_queries_kernel(
         acc = tl.dot((weights * (grads - delta[:, None])).to(dtype), k, acc, input_precision=PRECISION)
 
     cols = tl.arange(0, WIDTH)
-    grad_q_offsets = row_offsets_of(sequence, head, rows, t, group, grad_q_strides)
+    grad_q_offsets = query_offsets(sequence, head, members, queries, group, grad_q_strides)
     grad_q_ptrs = grad_q_ptr + grad_q_offsets[:, None] + (cols * grad_q_strides[3])[None, :]
     tl.store(grad_q_ptrs, (acc * grad_scale).to(dtype), mask=inside[:, None] & (cols < E)[None, :])
 
@@ -219,28 +219,28 @@ def prefix_attention_bwd_keys_kernel(
     for member in range(0, group):
         if CAUSAL or mask_ptr is not None:
             for start in range(begin, tl.minimum(seen_by_all, end), BLOCK_M):
-                rows = member * t + start + tl.arange(0, BLOCK_M)
-                inside = start + tl.arange(0, BLOCK_M) < t
-                mask_offsets = rows
+                queries = start + tl.arange(0, BLOCK_M)
+                inside = queries < t
+                mask_offsets = queries.to(tl.int64)
                 if mask_ptr is not None:
-                    mask_offsets = row_offsets_of(sequence, head, rows, t, group, mask_strides)
+                    mask_offsets = query_offsets(sequence, head, member, queries, group, mask_strides)
                 grad_k, grad_v = add_rows(
-                    grad_k, grad_v, k, v, keys, limits_of(rows, inside, length, t, t_k, CAUSAL),
-                    (sequence * h_kv + head) * (tl.cast(t, tl.int64) * group) + rows, inside, q_ptr,
-                    row_offsets_of(sequence, head, rows, t, group, q_strides), q_strides[3], grad_ptr,
-                    row_offsets_of(sequence, head, rows, t, group, grad_strides), grad_strides[3], lse_ptr, delta_ptr, None,
-                    scale, mask_ptr, mask_offsets, mask_strides[3], own_column + first, seed_ptr, threshold, kept_scale, True,
-                    grad_k_ptr is not None, grad_v_ptr is not None, E, WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+                    grad_k, grad_v, k, v, keys, limits_of(queries, inside, length, t, t_k, CAUSAL),
+                    flat_queries(sequence, head, member, queries, h_kv, group, t), inside, q_ptr,
+                    query_offsets(sequence, head, member, queries, group, q_strides), q_strides[3], grad_ptr,
+                    query_offsets(sequence, head, member, queries, group, grad_strides), grad_strides[3], lse_ptr, delta_ptr,
+                    None, scale, mask_ptr, mask_offsets, mask_strides[3], own_column + first, seed_ptr, threshold, kept_scale,
+                    True, grad_k_ptr is not None, grad_v_ptr is not None, E, WIDTH, BLOCK_M, BLOCK_N, PRECISION,
                 )  # fmt: skip
         for start in range(seen_by_all, end, BLOCK_M):
-            rows = member * t + start + tl.arange(0, BLOCK_M)
-            inside = start + tl.arange(0, BLOCK_M) < t
+            queries = start + tl.arange(0, BLOCK_M)
+            inside = queries < t
             grad_k, grad_v = add_rows(
-                grad_k, grad_v, k, v, keys, limits_of(rows, inside, length, t, t_k, CAUSAL),
-                (sequence * h_kv + head) * (tl.cast(t, tl.int64) * group) + rows, inside, q_ptr,
-                row_offsets_of(sequence, head, rows, t, group, q_strides), q_strides[3], grad_ptr,
-                row_offsets_of(sequence, head, rows, t, group, grad_strides), grad_strides[3], lse_ptr, delta_ptr, None, scale,
-                None, rows, 0, own_column + first, seed_ptr, threshold, kept_scale, TAIL, grad_k_ptr is not None,
+                grad_k, grad_v, k, v, keys, limits_of(queries, inside, length, t, t_k, CAUSAL),
+                flat_queries(sequence, head, member, queries, h_kv, group, t), inside, q_ptr,
+                query_offsets(sequence, head, member, queries, group, q_strides), q_strides[3], grad_ptr,
+                query_offsets(sequence, head, member, queries, group, grad_strides), grad_strides[3], lse_ptr, delta_ptr, None,
+                scale, None, queries, 0, own_column + first, seed_ptr, threshold, kept_scale, TAIL, grad_k_ptr is not None,
                 grad_v_ptr is not None, E, WIDTH, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
 
@@ -260,8 +260,8 @@ def prefix_attention_bwd_keys_kernel(
 def prefix_attention_bwd_prefix_kernel(
     grad_ptr, grad_strides, q_ptr, q_strides, prefix_k_ptr, prefix_k_strides, prefix_v_ptr, prefix_v_strides, gate_ptr,
     order_ptr, starts_ptr, seed_ptr, threshold, kept_scale, scale, grad_scale, each, h_kv, group, t, p, g, lse_ptr, delta_ptr,
-    grad_k_ptr, grad_v_ptr, tiles, splits, TAIL: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad_k_ptr, grad_v_ptr, tiles, splits, tiles_m, PACKED: tl.constexpr, TAIL: tl.constexpr, E: tl.constexpr,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_P keys of one of ``g`` prefixes and a share of the rows that see them, and walks these sequence by
     sequence. Its sums go to the plane of that share."""
@@ -282,23 +282,21 @@ def prefix_attention_bwd_prefix_kernel(
     if starts_ptr is not None:
         first = tl.load(starts_ptr + owner).to(tl.int64)
         sequences = (tl.load(starts_ptr + owner + 1) - first).to(tl.int32)
-    tiles_m = tl.cdiv(group * t, BLOCK_M)
     share = tl.cdiv(sequences * tiles_m, splits)
     for item in range(split * share, tl.minimum((split + 1) * share, sequences * tiles_m)):
         sequence = first + item // tiles_m
         if order_ptr is not None:
             sequence = tl.load(order_ptr + sequence).to(tl.int64)
-        rows = item % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = rows < group * t
+        members, queries, inside = tile_queries(item % tiles_m, t, group, PACKED, BLOCK_M)
         gates = None
         if gate_ptr is not None:
-            gates = gate_of(gate_ptr, head, rows, inside, t, group)
+            gates = gates_of(gate_ptr, head, members, inside, group)
         grad_k, grad_v = add_rows(
             grad_k, grad_v, k, v, keys, tl.where(inside, p, 0),
-            (sequence * h_kv + head) * (tl.cast(t, tl.int64) * group) + rows, inside, q_ptr,
-            row_offsets_of(sequence, head, rows, t, group, q_strides), q_strides[3], grad_ptr,
-            row_offsets_of(sequence, head, rows, t, group, grad_strides), grad_strides[3], lse_ptr, delta_ptr, gates, scale,
-            None, rows, 0, tile * BLOCK_P, seed_ptr, threshold, kept_scale, TAIL, grad_k_ptr is not None,
+            flat_queries(sequence, head, members, queries, h_kv, group, t), inside, q_ptr,
+            query_offsets(sequence, head, members, queries, group, q_strides), q_strides[3], grad_ptr,
+            query_offsets(sequence, head, members, queries, group, grad_strides), grad_strides[3], lse_ptr, delta_ptr, gates,
+            scale, None, queries, 0, tile * BLOCK_P, seed_ptr, threshold, kept_scale, TAIL, grad_k_ptr is not None,
             grad_v_ptr is not None, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
         )  # fmt: skip
 
