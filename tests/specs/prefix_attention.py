@@ -66,6 +66,7 @@ def bench(b, h, t, e, p, h_kv=None):
 
 # Of the first sequence the third query sees all, the third key is seen by all: there the checks of NaN and infinity put theirs.
 EVERYTHING = {"h": 4, "h_kv": 2, "causal": True, "parameters": torch.float32, "scale": 0.3}
+ONE_KEY_HEAD = EVERYTHING | {"h": 2, "h_kv": 1}
 MASKED = {"lengths": [9, 5, 0], "bias": (3, 1, 3, 9)}
 CASES = (
     case("small", b=2, h=2, t=5, e=16, p=3),
@@ -221,11 +222,23 @@ def compiled(dtype, name, quick=(), precision="ieee", aligned=True, **options):
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# The first of a width and element size goes through all tiles.
+LOADED = {"dropout": 0.1, "gate": "drawn", "causal": True}
+# The first of a width and element size goes through all tiles: of those that every call fits, with all that takes registers.
 COMPILED = (
     compiled(BF16, "e64", b=8, h=12, t=512, e=64, p=16, causal=True, quick=(90,)),
+    compiled(BF16, "e128", b=8, h=32, h_kv=8, t=1024, e=128, p=64, causal=True),
+    compiled(FP16, "e256", b=8, h=8, t=512, e=256, p=40, causal=True),
     compiled(FP32, "e64", b=8, h=12, t=512, e=64, p=128, causal=True, quick=(80,)),
-)
+    compiled(FP32, "e128", b=8, h=12, t=512, e=128, p=200, mask=(8, 1, 1, 512), **LOADED),
+    compiled(FP32, "e256", b=8, h=12, t=512, e=256, p=200, mask=(8, 1, 1, 512), **LOADED),
+    compiled(FP32, "e64", b=8, h=12, t=512, e=64, p=128, causal=True, precision="tf32"),
+    compiled(FP16, "masked", b=8, h=12, t=512, e=64, p=200, mask=(8, 1, 1, 512), **LOADED),
+    compiled(BF16, "bank", b=8, h=24, h_kv=8, t=768, e=128, p=200, g=3, ids=[0] * 8, lengths=[768] * 8,
+             bias=(1, 24, 768, 768), parameters=FP32, **LOADED),
+    compiled(BF16, "wide-masked", b=8, h=8, t=512, e=256, p=200, mask=(8, 1, 1, 512), **LOADED),
+    compiled(BF16, "decode", b=8, h=32, h_kv=8, t=1, t_k=1024, e=128, p=64, causal=True),
+    compiled(FP16, "odd", b=3, h=3, t=33, e=40, p=17, each=True, causal=True, aligned=False),
+)  # fmt: skip
 
 
 def rounded(a, unit, points):
@@ -344,8 +357,9 @@ SPEC = OpSpec(
     large=lambda elements: case("large", b=elements // 2**20 + 2, h=8, t=1024, t_k=16, e=128, p=8),
     many=((case("sequences", b=2**16 + 5, h=1, t=1, e=8, p=1), ("q", "k", "v")),),
     tiled=(
-        case("width-of-72", b=1, t=70, t_k=135, e=72, p=40, **EVERYTHING),
-        case("width-of-136", b=1, t=37, t_k=70, e=136, p=40, gate="drawn", **EVERYTHING),
+        case("width-of-40", b=1, t=70, t_k=80, e=40, p=70, **ONE_KEY_HEAD),
+        case("width-of-72", b=1, t=70, t_k=135, e=72, p=40, **ONE_KEY_HEAD),
+        case("width-of-136", b=1, t=37, t_k=70, e=136, p=40, gate="drawn", **ONE_KEY_HEAD),
     ),
     planted=(
         case("looped", b=2, t=70, t_k=140, e=24, p=140, dropout=0.2, **EVERYTHING),
