@@ -1,6 +1,5 @@
 """Prefix tuning of ``peft`` accelerated in place against the same models as they were."""
 
-import collections
 import copy
 import re
 
@@ -8,44 +7,14 @@ import pytest
 import torch
 
 import fastadapt
-from fastadapt.integrations import peft_prefix, transformers
+from fastadapt.integrations import peft_prefix
 
-from .accuracy import excess
+from . import prefix_models
+from .prefix_models import MODELS, SIZES, VOCABULARY, P, T, assert_equal_outcomes, batch, bert, gpt2, hf, llama, outcome, state
 from .test_nn import DEVICE
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 
-import transformers as hf  # noqa: E402
-
-P, T, VOCABULARY = 5, 7, 40
-SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-def bert(**options):
-    return hf.BertForSequenceClassification(hf.BertConfig(**SIZES | OFF | options)), "SEQ_CLS"
-
-
-def roberta():
-    """Its positions follow from the padding."""
-    return hf.RobertaForTokenClassification(hf.RobertaConfig(**SIZES | OFF | {"pad_token_id": 1})), "TOKEN_CLS"
-
-
-def llama(kind=hf.LlamaConfig, **options):
-    """Grouped queries and rotary positions."""
-    return hf.AutoModelForCausalLM.from_config(kind(**SIZES | {"num_key_value_heads": 2} | options)), "CAUSAL_LM"
-
-
-def gpt2():
-    """Learned positions, and queries, keys and values from one product."""
-    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**SIZES | off)), "CAUSAL_LM"
-
-
-MODELS = {"bert": bert, "roberta": roberta, "llama": llama, "gpt2": gpt2}
 over_models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 over_decoders = pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
 
@@ -69,62 +38,9 @@ def pair(*args, **options):
     return library, fast
 
 
-def batch(model, side=None, count=3):
-    """Tokens with padding at one ``side`` of a part of them, and labels if the model has a loss."""
-    ids, mask = torch.randint(3, VOCABULARY, (count, T), device=DEVICE), torch.ones(count, T, dtype=torch.long, device=DEVICE)
-    if side == "left":
-        mask[0, :3] = 0
-    elif side == "right":
-        mask[0, 4:] = mask[1, 6:] = 0
-    ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
-    labels = ids % 2 if model.peft_type == "TOKEN_CLS" else ids.masked_fill(mask == 0, -100)
-    task = model.active_peft_config.task_type
-    labels = {"SEQ_CLS": ids[:, 3] % 2, "TOKEN_CLS": (ids % 2).masked_fill(mask == 0, -100)}.get(task, labels)
-    return {"input_ids": ids, "labels": labels} | ({} if side is None else {"attention_mask": mask})
-
-
-def outcome(model, inputs):
-    """What is seen of the logits, and the gradients of all that is trained."""
-    result = model(**inputs)
-    result.loss.backward()
-    seen, logits = inputs.get("attention_mask"), result.logits.detach()
-    logits = logits if seen is None or logits.dim() == 2 else logits[seen.bool()]
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    model.zero_grad()
-    return {"logits": logits, **grads}
-
-
-def assert_equal_outcomes(fast, library, batches):
-    """The rule of the battery."""
-    kinds = collections.defaultdict(lambda: ([], [], []))
-    for i, model in enumerate((fast, library, copy.deepcopy(library).double())):
-        for inputs in batches:
-            for name, value in outcome(model, inputs).items():
-                kinds[re.sub(r"\d+", "*", name)][i].append(value)
-    assert all(any(value.any() for value in parts[1]) for parts in kinds.values())
-    wrong = [words for kind, parts in kinds.items() for words in excess(*parts, kind)]
-    assert not wrong, "\n".join(wrong)
-
-
-def state(model):
-    """Classes, attributes and hooks of every module, and where its tensors lie."""
-    return [
-        (type(m), sorted(vars(m)), list(m._forward_pre_hooks.values()), [id(p) for p in m.parameters(recurse=False)])
-        for m in model.modules()
-    ]
-
-
 @pytest.fixture
 def calls(monkeypatch):
-    """The shapes of the keys of each call of prefix_attention: own ones and of the prefix."""
-    seen, op = [], transformers.prefix_attention
-
-    def spy(q, k, v, prefix_k, prefix_v, **options):
-        seen.append((tuple(k.shape), tuple(prefix_k.shape)))
-        return op(q, k, v, prefix_k, prefix_v, **options)
-
-    monkeypatch.setattr(transformers, "prefix_attention", spy)
-    return seen
+    return prefix_models.spy(monkeypatch)
 
 
 @pytest.mark.parametrize("projection", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["flat", "projection"])

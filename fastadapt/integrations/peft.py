@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import autocasts
-from . import Row, peft_lycoris, peft_prefix
+from . import Row, peft_adaption_prompt, peft_lycoris, peft_prefix
 from .peft_lora import TRANSPOSED, MixedBatch, active, embedded, frozen_layer, mixed, operands
 
-LAYERS = "LoRA layers of peft on linear layers or embeddings, LoKr and LoHa layers on linear layers, prefix tuning"
+LAYERS = "LoRA layers of peft on linear layers or embeddings, LoKr and LoHa layers on linear layers, prefixes, LLaMA-Adapter"
 
 
 class _Fused:
@@ -161,7 +161,7 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
         for module in model.modules():
             if type(module) is lora.LoraModel:
                 _swap(module, LoraModel)
-    return rows + peft_prefix.accelerate(model, backend)
+    return rows + peft_prefix.accelerate(model, backend) + peft_adaption_prompt.accelerate(model, backend)
 
 
 def restore(model: nn.Module) -> None:
@@ -171,3 +171,4 @@ def restore(model: nn.Module) -> None:
             _swap(module, _THEIRS[type(module)])
             module.__dict__.pop("_fastadapt_backend", None)
     peft_prefix.restore(model)
+    peft_adaption_prompt.restore(model)

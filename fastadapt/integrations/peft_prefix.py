@@ -187,19 +187,15 @@ def _examined(model: peft.PeftModel, name: str) -> tuple[str, str]:
         return "left", f"no kernel for {type(encoder).__name__}"
     if _THEIRS.get(kind, kind) not in _OURS:
         return "left", f"no kernel for the prefixes of a {kind.__name__}"
-    if any(name in vars(model) and not _bound(model, name) for name in ("forward", "get_prompt")):
+    if prefixes.replaced(model) or prefixes.replaced(model, "get_prompt"):
         return "left", "its forward has been replaced"
     reason = prefixes.refusal(backbone(model), config.num_layers)
     return ("left", reason) if reason else ("accelerated", "")
 
 
-def _bound(model: nn.Module, name: str) -> bool:
-    """Whether the method that ``model`` itself has is that of its class, as ``disable_adapter`` leaves it."""
-    return getattr(vars(model)[name], "__func__", None) is getattr(type(model), name)
-
-
 def _swap(model: nn.Module, kind: type) -> None:
-    bound = [name for name in ("forward", "prepare_inputs_for_generation") if name in vars(model) and _bound(model, name)]
+    names = ("forward", "prepare_inputs_for_generation")  # which disable_adapter leaves in the model itself
+    bound = [name for name in names if name in vars(model) and not prefixes.replaced(model, name)]
     model.__class__ = kind
     for name in bound:
         setattr(model, name, MethodType(getattr(kind, name), model))

@@ -40,6 +40,11 @@ def _ours(kind: type) -> type:
     return type(kind.__name__, (_SelfAttention, kind), {"__module__": __name__, "__doc__": _SelfAttention.__doc__})
 
 
+def replaced(module: nn.Module, name: str = "forward") -> bool:
+    """Whether ``module`` itself has a method that isn't the bound one of its class, which some functions leave behind."""
+    return name in vars(module) and getattr(vars(module)[name], "__func__", None) is not getattr(type(module), name)
+
+
 def is_encoder(backbone: nn.Module) -> bool:
     return backbone.config.model_type in _ENCODERS
 
@@ -63,7 +68,7 @@ def refusal(backbone: nn.Module, count: int | None = None) -> str | None:
         return "its attention has positions in its scores"
     if kind == "gpt2" and not (config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx):
         return "its attention has scales that PyTorch's doesn't know"
-    if any("forward" in layer.__dict__ for layer in layers):
+    if any(replaced(layer) for layer in layers):
         return "the forward of its attention has been replaced"
     if count is not None and len(layers) != count:
         return f"{len(layers)} attention layers for {count} prefixes"
