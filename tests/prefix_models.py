@@ -21,12 +21,13 @@ OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def bert(**options):
-    return hf.BertForSequenceClassification(hf.BertConfig(**SIZES | OFF | options)), "SEQ_CLS"
+    return hf.AutoModelForSequenceClassification.from_config(hf.BertConfig(**SIZES | OFF | options)), "SEQ_CLS"
 
 
-def roberta():
+def roberta(**options):
     """Its positions follow from the padding."""
-    return hf.RobertaForTokenClassification(hf.RobertaConfig(**SIZES | OFF | {"pad_token_id": 1})), "TOKEN_CLS"
+    config = hf.RobertaConfig(**SIZES | OFF | {"pad_token_id": 1} | options)
+    return hf.AutoModelForTokenClassification.from_config(config), "TOKEN_CLS"
 
 
 def llama(kind=hf.LlamaConfig, **options):
@@ -34,10 +35,10 @@ def llama(kind=hf.LlamaConfig, **options):
     return hf.AutoModelForCausalLM.from_config(kind(**SIZES | {"num_key_value_heads": 2} | options)), "CAUSAL_LM"
 
 
-def gpt2():
+def gpt2(**options):
     """Learned positions, and queries, keys and values from one product."""
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**SIZES | off)), "CAUSAL_LM"
+    return hf.AutoModelForCausalLM.from_config(hf.GPT2Config(**SIZES | off | options)), "CAUSAL_LM"
 
 
 MODELS = {"bert": bert, "roberta": roberta, "llama": llama, "gpt2": gpt2}

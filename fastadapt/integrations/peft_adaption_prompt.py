@@ -46,7 +46,7 @@ def _examined(layer: nn.Module) -> tuple[str, str]:
     """State and reason of a layer of the library."""
     if type(layer) not in (PeftAdaptedAttention, AdaptedAttention):
         return "left", f"no kernel for {type(layer).__name__}, which adds what the prompt gives after the output projection"
-    if "forward" in vars(layer):
+    if prefixes.replaced(layer):
         return "left", "its forward has been replaced"
     if not attention_layers(layer.model):
         return "left", f"{type(layer.model).__name__} has attention code of its own"
@@ -69,7 +69,8 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
     for name, layer in _layers(model):
         rows.append(Row(name, *_examined(layer)))
         if rows[-1].state != "left":
-            layer.__class__, layer._fastadapt_backend = AdaptedAttention, backend
+            prefixes.swap(layer, AdaptedAttention)
+            layer._fastadapt_backend = backend
     return rows
 
 
@@ -77,5 +78,5 @@ def restore(model: nn.Module) -> None:
     """Give every layer its class back."""
     for _, layer in _layers(model):
         if type(layer) is AdaptedAttention:
-            layer.__class__ = PeftAdaptedAttention
+            prefixes.swap(layer, PeftAdaptedAttention)
             layer.__dict__.pop("_fastadapt_backend", None)

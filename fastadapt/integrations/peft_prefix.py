@@ -7,7 +7,6 @@ batch. The library's own ``forward`` still wires the head and the loss; its prom
 
 import inspect
 from contextlib import contextmanager
-from types import MethodType
 from typing import NamedTuple
 
 import peft
@@ -193,14 +192,6 @@ def _examined(model: peft.PeftModel, name: str) -> tuple[str, str]:
     return ("left", reason) if reason else ("accelerated", "")
 
 
-def _swap(model: nn.Module, kind: type) -> None:
-    names = ("forward", "prepare_inputs_for_generation")  # which disable_adapter leaves in the model itself
-    bound = [name for name in names if name in vars(model) and not prefixes.replaced(model, name)]
-    model.__class__ = kind
-    for name in bound:
-        setattr(model, name, MethodType(getattr(kind, name), model))
-
-
 def _hooked(module: nn.Module) -> list[int]:
     return [key for key, hook in module._forward_pre_hooks.items() if hook is _of_tokens]
 
@@ -213,7 +204,7 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
         rows += [Row(f"{path}.prompt_encoder.{name}".removeprefix("."), *state) for name, state in found.items()]
         served = frozenset(name for name, (state, _) in found.items() if state != "left")
         if served:
-            _swap(owner, _OURS.get(type(owner), type(owner)))
+            prefixes.swap(owner, _OURS.get(type(owner), type(owner)))
             owner._fastadapt_backend, owner._fastadapt_served = backend, served
             prefixes.enable(body := backbone(owner))
             if not _hooked(body):
@@ -225,7 +216,7 @@ def restore(model: nn.Module) -> None:
     """Give every model its class back."""
     for module in model.modules():
         if type(module) in _THEIRS:
-            _swap(module, _THEIRS[type(module)])
+            prefixes.swap(module, _THEIRS[type(module)])
             for name in ("_fastadapt_backend", "_fastadapt_served"):
                 module.__dict__.pop(name, None)
         for key in _hooked(module):

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,18 +22,23 @@ _DECODERS = frozenset({
 _ENCODERS = frozenset({"bert", "camembert", "roberta", "xlm-roberta"})
 
 
+def encoder_attention(layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, None]:
+    """What the self-attention of BERT, and of what was copied from it, returns with the prefix that it has."""
+    q, k, v = (
+        part(hidden_states).unflatten(-1, (layer.num_attention_heads, layer.attention_head_size)).transpose(1, 2)
+        for part in (layer.query, layer.key, layer.value)
+    )
+    dropout = layer.dropout.p if layer.training else 0.0
+    return attention(layer, q, k, v, attention_mask, dropout, is_causal=False)[0].flatten(2), None
+
+
 class _SelfAttention:
-    """What comes before a class of the self-attention of BERT and of what was copied from it."""
+    """What comes before a class of such a self-attention."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
         if "fastadapt_prefix" not in self.__dict__:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        q, k, v = (
-            part(hidden_states).unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
-            for part in (self.query, self.key, self.value)
-        )
-        dropout = self.dropout.p if self.training else 0.0
-        return attention(self, q, k, v, attention_mask, dropout, is_causal=False)[0].flatten(2), None
+        return encoder_attention(self, hidden_states, attention_mask)
 
 
 @functools.cache
@@ -43,6 +49,19 @@ def _ours(kind: type) -> type:
 def replaced(module: nn.Module, name: str = "forward") -> bool:
     """Whether ``module`` itself has a method that isn't the bound one of its class, which some functions leave behind."""
     return name in vars(module) and getattr(vars(module)[name], "__func__", None) is not getattr(type(module), name)
+
+
+def swap(module: nn.Module, kind: type) -> None:
+    """Another class for ``module``, also for the bound methods that it has itself."""
+    names = {"forward": "forward", "_old_forward": "forward", "prepare_inputs_for_generation": "prepare_inputs_for_generation"}
+    own = {
+        name: method
+        for name, method in names.items()
+        if name in vars(module) and getattr(vars(module)[name], "__func__", None) is getattr(type(module), method, None)
+    }
+    module.__class__ = kind
+    for name, method in own.items():
+        setattr(module, name, MethodType(getattr(kind, method), module))
 
 
 def is_encoder(backbone: nn.Module) -> bool:
@@ -87,13 +106,13 @@ def enable(backbone: nn.Module) -> None:
     if is_encoder(backbone):
         for layer in attention_layers(backbone):
             if not isinstance(layer, _SelfAttention):
-                layer.__class__ = _ours(type(layer))
+                swap(layer, _ours(type(layer)))
 
 
 def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _SelfAttention):
-            module.__class__ = type(module).__bases__[1]
+            swap(module, type(module).__bases__[1])
 
 
 _calls, _lock = {}, threading.Lock()
@@ -151,7 +170,8 @@ def attached(backbone: nn.Module, prefixes: Sequence[Prefix]) -> Iterator[None]:
     with implementation(backbone.config):
         try:
             for layer, prefix in zip(layers, prefixes, strict=True):
-                layer.fastadapt_prefix = prefix
+                device = next(layer.parameters()).device  # a model may lie on several
+                layer.fastadapt_prefix = prefix._replace(key=prefix.key.to(device), value=prefix.value.to(device))
             for block, function in zip(blocks, functions):
                 (layer,) = (m for m in block.modules() if "fastadapt_prefix" in m.__dict__)
                 block._gradient_checkpointing_func = _carrying(function, layer, backbone.config)
