@@ -166,6 +166,7 @@ class PromptEncoder(_Prompt):
             training = self.training
             weight = self.eval().prompt()
             self.weight = nn.Parameter(weight, requires_grad=self.mlp[0].weight.requires_grad)
+            del self.embedding, self.lstm, self.mlp
             self.embedding = self.lstm = self.mlp = None
             self.train(training)
         return self
