@@ -1,6 +1,7 @@
 """Prefix tuning of ``peft`` accelerated in place against the same models as they were."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -94,6 +95,28 @@ def test_generation(calls, make, options):
     assert expected.past_key_values.get_seq_length() - actual.past_key_values.get_seq_length() == P
     if "num_beams" not in options:  # without a cache the library's own fails
         assert torch.equal(fast.generate(**inputs, **options, use_cache=False).sequences, actual.sequences)
+
+
+@pytest.mark.slow
+@over_models
+def test_compilation(make):
+    """One graph."""
+    _, model = pair(make)
+    inputs = batch(model, "left")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("make", [bert, llama], ids=["bert", "llama"])
+def test_a_pickle_is_as_fast(calls, make):
+    _, model = pair(make)
+    inputs = batch(model, "left")
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits) and len(calls) == 4
+    fastadapt.restore(again)
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+    assert len(calls) == 6
 
 
 def test_positions_of_the_caller():

@@ -5,8 +5,6 @@ to its keys, its values and its mask. Here the MLP runs once a step, and the att
 shared by the batch, or scaled or dropped for each sequence where there is a gate or a dropout.
 """
 
-import functools
-
 import torch
 from adapters.composition import Stack
 from adapters.context import ForwardContext
@@ -156,11 +154,6 @@ class _Encoder(_Attention):
             del self.fastadapt_prefix
 
 
-@functools.cache
-def _taking(kind: type, before: type) -> type:
-    return type(kind.__name__, (before, kind), {"__module__": __name__, "__doc__": before.__doc__})
-
-
 _OURS = {
     library.PrefixTuning: PrefixTuning, library.FlatPrefixTuning: FlatPrefixTuning,
     library.PrefixTuningLayer: PrefixTuningLayer,
@@ -201,7 +194,7 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
         layer = attention.prefix_tuning
         if not isinstance(attention, _Attention):
             before = _Encoder if layer.model_config.model_type in _ENCODERS else _ByName
-            prefixes.swap(attention, _taking(type(attention), before))
+            prefixes.swap(attention, prefixes.preceded(type(attention), before))
         prefixes.swap(layer, PrefixTuningLayer)
         layer._fastadapt_backend = backend
         for name in layer.prefixes:

@@ -5,8 +5,10 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -42,8 +44,19 @@ class _SelfAttention:
 
 
 @functools.cache
-def _ours(kind: type) -> type:
-    return type(kind.__name__, (_SelfAttention, kind), {"__module__": __name__, "__doc__": _SelfAttention.__doc__})
+def preceded(kind: type, before: type) -> type:
+    """``kind`` with ``before`` before it; copies and pickles of its instances find it by its name, wherever they are loaded."""
+    name = "+".join(f"{cls.__module__}:{cls.__name__}" for cls in (before, kind)).replace(".", "/")
+    names = {"__module__": __name__, "__qualname__": name, "__doc__": before.__doc__}
+    return type(kind.__name__, (before, kind), names)
+
+
+def __getattr__(name: str) -> type:
+    if "+" not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    paths = (path.split(":") for path in name.replace("/", ".").split("+"))
+    before, kind = (getattr(import_module(module), cls) for module, cls in paths)
+    return preceded(kind, before)
 
 
 def replaced(module: nn.Module, name: str = "forward") -> bool:
@@ -106,7 +119,7 @@ def enable(backbone: nn.Module) -> None:
     if is_encoder(backbone):
         for layer in attention_layers(backbone):
             if not isinstance(layer, _SelfAttention):
-                swap(layer, _ours(type(layer)))
+                swap(layer, preceded(type(layer), _SelfAttention))
 
 
 def restore(model: nn.Module) -> None:
@@ -121,6 +134,13 @@ _calls, _lock = {}, threading.Lock()
 @contextmanager
 def implementation(config) -> Iterator[None]:
     """Our attention in place of that of ``config``, until the last of several threads has left."""
+    if torch.compiler.is_compiling():  # Dynamo knows no locks
+        before, config._attn_implementation = config._attn_implementation, NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+        return
     with _lock:
         call = _calls.setdefault(id(config), [0, config._attn_implementation])
         call[0] += 1
