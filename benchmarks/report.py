@@ -49,6 +49,29 @@ def groups(rows: list[dict], prefix: str) -> dict[str, list[dict]]:
     return found
 
 
+def by_direction(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of forward and of steps, and of backward alone where both were measured: what a step takes beyond forward.
+
+    A case of which anything takes less than nothing, short calls on a busy machine, has no row of backward.
+    """
+    found = {}
+    for row in rows:
+        found.setdefault(row["direction"], []).append(row)
+    steps = {row["case"]: row for row in found.get("forward+backward", [])}
+    pairs = [(steps[row["case"]], row) for row in found.get("forward", []) if row["case"] in steps]
+    backward = [
+        {**step, "direction": "backward", **{name: _beyond(step[name], forward[name]) for name in ("times", "parts")},
+         "floor_us": round(step["floor_us"] - forward["floor_us"], 3)} for step, forward in pairs
+    ]  # fmt: skip
+    times = lambda row: (row["floor_us"], *(t["us"] for kind in ("times", "parts") for t in row[kind].values()))  # noqa: E731
+    backward = [row for row in backward if min(times(row)) > 0]
+    return {**found, "backward": backward} if backward else found
+
+
+def _beyond(step: dict, forward: dict) -> dict:
+    return {name: {"us": round(step[name]["us"] - forward[name]["us"], 3)} for name in step if name in forward}
+
+
 def _columns(rows: list[dict]) -> tuple[list[str], list[str]]:
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
     return [n for n in names if n not in OURS], [n for n in names if n in OURS]
@@ -158,8 +181,8 @@ def plot(path: Path, sections: dict) -> None:
     import matplotlib.pyplot as plt
 
     panels = [
-        (f"{title}, {direction}", [row for row in section["rows"] if row["direction"] == direction])
-        for title, section in sections.items() for direction in section["summary"]
+        (f"{title}, {direction}", rows)
+        for title, section in sections.items() for direction, rows in by_direction(section["rows"]).items()
     ]  # fmt: skip
     width = max(6.0, 0.2 * max(len(rows) for _, rows in panels))
     figure, axes = plt.subplots(len(panels), 1, figsize=(width, 3.6 * len(panels)), squeeze=False, layout="constrained")
