@@ -8,6 +8,8 @@ from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
+from .prefix import Prefix, PrefixAttention, PrefixEncoder
+from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
 
 __all__ = [
     "AdapterBank",
@@ -21,6 +23,12 @@ __all__ = [
     "LoRAMultiheadAttention",
     "PHMLinear",
     "ParallelAdapter",
+    "Prefix",
+    "PrefixAttention",
+    "PrefixEncoder",
+    "PromptEmbedding",
+    "PromptEncoder",
     "freeze_except",
     "phm_rule",
+    "prompt_inputs",
 ]

@@ -11,12 +11,16 @@ from .kron import KronALinear, KronLinear, PHMLinear
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
+from .prefix import PrefixEncoder
+from .prompt import PromptEmbedding, PromptEncoder
 
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
     "compacter": (CompacterAdapter, PHMLinear),
     "kron": (KronALinear, KronLinear),
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
+    "prefix": (PrefixEncoder,),
+    "prompt": (PromptEmbedding, PromptEncoder),
 }
 _BESIDE_A_BASE = (*KINDS["lora"], KronALinear)
 
@@ -26,8 +30,9 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"kron"``, ``"lora"``, or types of modules, for example
-            ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay frozen, whatever their type.
+        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"kron"``, ``"lora"``, ``"prefix"``, ``"prompt"``, or types of
+            modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay frozen, whatever their
+            type.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.

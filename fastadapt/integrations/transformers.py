@@ -1,0 +1,206 @@
+"""Prefixes in models of Hugging Face: ``attn_implementation="fastadapt"``, which importing this module makes known to them.
+
+A prefix is an attribute of the attention layer: no cache object holds it, no mask grows by its length, and it is there again
+when activation checkpointing runs a layer a second time. :func:`add_prefix` gives every layer of a model one to train.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ..nn.lora import adapter_dtype
+from ..nn.prefix import Prefix, PrefixEncoder
+from ..ops.prefix_attention import prefix_attention
+
+NAME = "fastadapt"
+_REFUSED = ("head_mask", "output_attentions", "softcap", "s_aux")  # what a layer can ask of its attention beyond softmax
+
+
+class _Computed(Prefix):
+    """A prefix that an encoder put out. A copy or a pickle of its layer leaves it behind: the next call computes another."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def set_prefix(
+    attention: nn.Module, key: Tensor, value: Tensor, *, gate: Tensor | None = None, adapter_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """Give one attention layer a prefix, in place of the one it has.
+
+    The layer registers nothing: parameters among the tensors belong to whoever made them.
+
+    Args:
+        attention: an attention layer of a model that runs with ``attn_implementation="fastadapt"``.
+        key, value: ``(h_kv, p, e)``, ``(b, h_kv, p, e)``, or with ``adapter_ids`` a bank ``(g, h_kv, p, e)``.
+        gate, adapter_ids, backend: as in :func:`fastadapt.prefix_attention`.
+    """
+    attention.fastadapt_prefix = Prefix(key, value, gate, adapter_ids, backend)
+
+
+def clear_prefix(model: nn.Module) -> None:
+    """Take the prefixes from all attention layers of ``model``, or from the one that it is."""
+    for module in model.modules():
+        module.__dict__.pop("fastadapt_prefix", None)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What a layer calls with its projected heads: :func:`fastadapt.prefix_attention` with the prefix of the layer, if any.
+
+    Args:
+        module: the layer, with ``fastadapt_prefix``, a :class:`Prefix`, or without.
+        query, key, value: ``(b, h, t, e)``, ``(b, h_kv, t_k, e)``.
+        attention_mask: ``(b, 1, t, t_k)`` or wider, bool or added to the scores, of the own keys alone; or ``(b, t_k)`` bool,
+            as :func:`mask` makes it, for causal attention with padding; or None.
+        dropout: probability that a weight is dropped.
+        scaling: as ``scale`` of the op.
+        is_causal: None for causal if the layer is and no ``attention_mask`` says what is seen.
+
+    Returns:
+        ``(b, t, h, e)``, contiguous, and None for the weights.
+    """
+    asked = [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+    if asked:
+        raise ValueError(f'attn_implementation="{NAME}" doesn\'t support {", ".join(asked)}')
+    if attention_mask is not None and attention_mask.dim() == 2:
+        if attention_mask.dtype != torch.bool:
+            raise TypeError(f"attention_mask must be torch.bool where it is (b, t_k), got {attention_mask.dtype}")
+        attention_mask, is_causal = attention_mask[:, None, None], True
+    elif attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    if is_causal is None:
+        is_causal = attention_mask is None and getattr(module, "is_causal", True)
+    prefix = getattr(module, "fastadapt_prefix", None)
+    if prefix is None:
+        none = key.new_empty(key.shape[1], 0, key.shape[3])
+        prefix = Prefix(none, none)
+    y = prefix_attention(
+        query, key, value, prefix.key, prefix.value, is_causal=bool(is_causal), attn_mask=attention_mask, scale=scaling,
+        gate=prefix.gate, dropout_p=dropout, adapter_ids=prefix.adapter_ids, backend=prefix.backend,
+    )  # fmt: skip
+    return y.transpose(1, 2).contiguous(), None
+
+
+def mask(
+    *, kv_length: int, kv_offset: int = 0, mask_function=causal_mask_function, attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True, **kwargs,
+) -> Tensor | None:  # fmt: skip
+    """The mask that :func:`attention` gets: the padding alone where the rest is causal, else what PyTorch's attention gets."""
+    causal = mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0
+    if not causal or (attention_mask is not None and attention_mask.shape[1] != kv_length):
+        return sdpa_mask(
+            kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+        )  # fmt: skip
+    if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
+        return None
+    return attention_mask
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of ``model`` that look up their attention function by its name."""
+    functions = {type(module): inspect.unwrap(type(module).forward) for module in model.modules()}
+    found = {cls for cls, function in functions.items() if "ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names}
+    return [module for module in model.modules() if type(module) in found]
+
+
+class _Hook:
+    """Runs the encoder of a model before each of its calls. A copy of the model has a copy of this, for its own layers."""
+
+    def __init__(self, layers: list[nn.Module], shift: int, backend: str | None, before: str):
+        self.layers, self.shift, self.backend, self.before = layers, shift, backend, before
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        for layer, prefix in zip(self.layers, model.prefix_encoder()):
+            layer.fastadapt_prefix = _Computed(*prefix._replace(backend=self.backend))
+        return (args, shifted_positions(self.shift, args, kwargs)) if self.shift else None
+
+
+def shifted_positions(p: int, args: tuple, kwargs: dict) -> dict:
+    """The keyword arguments of a model's call with positions that are ``p`` further on, whether they are given or not."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        past = kwargs.get("past_key_values")
+        start = 0 if past is None else past.get_seq_length()
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+    return {**kwargs, "position_ids": positions + p}
+
+
+def add_prefix(
+    model: nn.Module, p: int, *, layers: list[nn.Module] | None = None, shift_positions: bool | None = None,
+    backend: str | None = None, **options,
+) -> PrefixEncoder:  # fmt: skip
+    """Give the attention layers of a Hugging Face model prefixes to train: prefix tuning, P-tuning v2, LLaMA-Adapter.
+
+    The encoder becomes the submodule ``prefix_encoder`` of ``model``, so that its parameters move, load and are saved with
+    those of the model; :func:`fastadapt.nn.freeze_except` with ``"prefix"`` trains nothing else. It runs once before each
+    call of ``model``, in generation too: :meth:`PrefixEncoder.flatten` makes that cost nothing. Masks, caches and the
+    arguments of ``generate`` are those of the model without prefix, which runs with ``attn_implementation="fastadapt"``.
+
+    With activation checkpointing, ``use_reentrant=False`` is needed; and between a forward pass and its backward pass no other
+    forward pass may change what the prefixes are, as a new mask of their dropout does.
+
+    Args:
+        model: a model whose attention layers take their function from ``transformers.AttentionInterface``.
+        p: length of the prefixes.
+        layers: the attention layers that get one, see :func:`attention_layers`; None for all. LLaMA-Adapter takes the topmost.
+        shift_positions: True: the first token of a sequence is at position ``p``, as if the prefix were tokens before it (so in
+            ``peft``). False: at 0 (LLaMA-Adapter). None: True for models that take ``position_ids``, unless there is a gate.
+        backend: as in :func:`fastadapt.prefix_attention`.
+        options: ``hidden``, ``width``, ``dropout``, ``gate``, ``init_std``, ``device`` and ``dtype`` of :class:`PrefixEncoder`.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: no layer of the model looks up its attention function, or the model has a prefix already.
+    """
+    found = attention_layers(model)
+    layers = found if layers is None else list(layers)
+    if not layers or any(all(layer is not one for one in found) for layer in layers):
+        raise ValueError(
+            "layers must be attention layers of the model that look up their function in transformers.AttentionInterface; "
+            f"{type(model).__name__} has {len(found)} of them"
+        )
+    if getattr(model, "prefix_encoder", None) is not None:
+        raise ValueError("model must have no prefix yet; remove_prefix() takes one away")
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if shift_positions is None:
+        shift_positions = takes_positions and options.get("gate") is None
+    if shift_positions and not takes_positions:
+        raise ValueError(f"shift_positions must be False for {type(model).__name__}, which takes no position_ids")
+    config = model.config.get_text_config()
+    h = config.num_attention_heads
+    h_kv = getattr(config, "num_key_value_heads", None) or h
+    e = getattr(config, "head_dim", None) or config.hidden_size // h
+    weight = model.get_input_embeddings().weight
+    options = {"device": weight.device, "dtype": adapter_dtype(weight, options.pop("dtype", None)), **options}
+    encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **options)
+    hook = _Hook(layers, p if shift_positions else 0, backend, model.config._attn_implementation)
+    model.set_attn_implementation(NAME)
+    model.prefix_encoder = encoder.train(model.training)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return encoder
+
+
+def remove_prefix(model: nn.Module) -> None:
+    """Undo :func:`add_prefix`."""
+    for handle, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _Hook):
+            del model._forward_pre_hooks[handle], model._forward_pre_hooks_with_kwargs[handle]
+            del model.prefix_encoder
+            clear_prefix(model)
+            model.set_attn_implementation(hook.before)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)
