@@ -102,10 +102,11 @@ CASES = (
     case("gate-with-dropout", b=2, h=2, t=20, e=16, p=9, dropout=0.3, gate="drawn"),
     case("steep", b=2, h=2, t=33, e=16, p=17, gain=8.0, causal=True),
     case("float32-parameters", b=2, h=2, t=19, e=16, p=5, parameters=torch.float32),
-    case("everything", b=3, t=3, t_k=9, e=24, p=5, each=True, **MASKED, **EVERYTHING),
+    case("everything", b=3, t=3, t_k=9, e=24, p=5, **MASKED, **EVERYTHING),
+    case("dropout-with-everything", b=3, t=3, t_k=9, e=24, p=5, each=True, dropout=0.2, **MASKED, **EVERYTHING),
     case("gated-with-everything", b=3, t=3, t_k=9, e=24, p=5, gate="drawn", **MASKED, **EVERYTHING),
     case("bank-of-sequences", b=4, h=2, t=6, e=16, p=5, g=3, ids=[2, 0, -1, 2]),
-    case("bank-with-everything", b=3, t=3, t_k=9, e=24, p=12, g=2, ids=[1, -1, 1], dropout=0.2, **MASKED, **EVERYTHING),
+    case("bank-with-everything", b=3, t=3, t_k=9, e=24, p=12, g=2, ids=[1, -1, 1], **MASKED, **EVERYTHING),
     case("bank-with-gate", b=4, h=2, t=6, e=16, p=5, g=3, ids=[2, 0, -1, 2], gate="drawn", parameters=torch.float32),
     case("bank-unused", b=3, h=2, t=5, e=16, p=4, g=2, ids=[-1] * 3),
 )
@@ -246,7 +247,7 @@ def rounded(a, unit, points):
     seen = seen & a["attn_mask"] if "attn_mask" in a else seen
     scores = scale * (q @ of_query(k).transpose(-1, -2))
     if "bias" in a:
-        seen, scores = seen & (a["bias"] != HIDDEN), scores + a["bias"].double() / 8
+        seen, scores = seen & (a["bias"] != HIDDEN), scores + a["bias"].to(scores.dtype) / 8
     prefix_scores = scale * (q @ of_query(prefix_k).transpose(-1, -2))
     prefix_seen = torch.ones_like(prefix_scores, dtype=torch.bool)
     prefix_seen = prefix_seen if ids is None else prefix_seen & (ids >= 0)[:, None, None, None]
