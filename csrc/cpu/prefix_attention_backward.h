@@ -11,6 +11,9 @@ namespace fastadapt::FA_TARGET::prefix_attention {
 // Units of a call if its sequences are many; and, if they are few, units that keys are cut for.
 constexpr int64_t most_units = 32, least_units = 8;
 
+template <int N>
+using Doubles __attribute__((vector_size(8 * N))) = double;
+
 template <class T, class W>
 struct Backward : Tiles<T, W> {
   using Base = Tiles<T, W>;
@@ -105,6 +108,18 @@ struct Backward : Tiles<T, W> {
 
   // --- a sequence ------------------------------------------------------------------------------------------------------
 
+  // In float64: that the gradients of a query's scores cancel leaves little else.
+  static FA_INLINE C dot(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t n) {
+    double sums[L];
+    Doubles<L> total = {};
+    for (int64_t c = 0; c < n; c += L)
+      total += __builtin_convertvector(load_at<C>(a + c * a_step, 0, n - c, a_step), Doubles<L>) *
+               __builtin_convertvector(load_at<C>(b + c * b_step, 0, n - c, b_step), Doubles<L>);
+    memcpy(sums, &total, sizeof total);
+    for (int i = 1; i < L; ++i) sums[0] += sums[i];
+    return static_cast<C>(sums[0]);
+  }
+
   // The rows of `softmax`: what forward saved, and the sums of grad_y * y.
   static void read_softmax(const Problem& p, int64_t i, int64_t head, const Wants& wants, const Thread& w) {
     const C* const saved = static_cast<const C*>(p.saved_lse);
@@ -122,11 +137,7 @@ struct Backward : Tiles<T, W> {
       if (p.gate) read(saved + p.b * p.h * p.t + at, w.prefix, g * p.t);
       for (int64_t l = 0; l < p.t && wants.any_slopes(); ++l) {
         const T *y = row_of<T>(p.saved_y, i, j, l), *grad_y = row_of<T>(p.grad_y, i, j, l);
-        Vec<C> total[2] = {};
-        for (int64_t c = 0; c < p.e; c += L)
-          total[c / L % 2] += load_at<C>(y + c * p.saved_y.stride[3], 0, p.e - c, p.saved_y.stride[3]) *
-                              load_at<C>(grad_y + c * p.grad_y.stride[3], 0, p.e - c, p.grad_y.stride[3]);
-        w.own.delta[g * p.t + l] = sum<C>(total[0] + total[1]);
+        w.own.delta[g * p.t + l] = dot(y, p.saved_y.stride[3], grad_y, p.grad_y.stride[3], p.e);
       }
     }
   }

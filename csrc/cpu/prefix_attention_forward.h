@@ -10,6 +10,9 @@ constexpr int64_t group_rows = 24, diagonal_rows = tile_rows<max_vectors>;
 // The largest score of a row may grow by so much before its sums are scaled again: a weight is at most 2^8.
 constexpr int slack = 8;
 
+// Rows of all heads of a key head up to which own keys are read where they lie: to pack them would take longer.
+constexpr int64_t few_rows = 4;
+
 // A packed prefix of a head up to this size stays for the next sequences.
 constexpr int64_t kept_bytes = 1 << 20;
 
@@ -18,9 +21,11 @@ struct Forward {
   using C = Compute<T>;
   static constexpr int L = lanes<C>;
 
-  // A tile of keys, column by column, and of their values.
+  // A tile of keys, column by column, and of their values, whose rows are `ld` apart. Without `keys` they are the call's own.
   struct Tile {
-    C *keys, *values;
+    C* keys;
+    const C* values;
+    int64_t ld;
   };
 
   struct Thread {
@@ -28,16 +33,12 @@ struct Forward {
     C *q, *y, *base;  // of the rows of a unit: scaled queries, sums of weighted values; with a gate what the prefix adds
     C *top, *total;   // a row's largest score, or a little less, and the sum of its weights in every lane
     C *scores, *factors;
-    Tile tile, prefix;
+    C *keys, *values, *prefix_keys, *prefix_values;  // packed
   };
 
   static int64_t prefix_tiles(const Problem& p) {
     const int64_t tiles = ceil_div(p.p, tile_keys), bytes = tiles * tile_keys * (p.e + padded<C>(p.e)) * sizeof(C);
     return bytes <= kept_bytes ? tiles : 0;
-  }
-
-  static Tile tile(const Problem& p, Arena& arena, int64_t tiles) {
-    return {arena.take<C>(tiles * tile_keys * p.e), arena.take<C>(tiles * tile_keys * padded<C>(p.e))};
   }
 
   static Thread thread(const Problem& p, Arena& arena) {
@@ -51,8 +52,10 @@ struct Forward {
     t.total = arena.take<C>(rows * L);
     t.scores = arena.take<C>(group_rows * tile_keys);
     t.factors = arena.take<C>(p.dropped ? tile_keys : 0);
-    t.tile = tile(p, arena, 1);
-    t.prefix = tile(p, arena, prefix_tiles(p));
+    t.keys = arena.take<C>(tile_keys * p.e);
+    t.values = arena.take<C>(tile_keys * padded<C>(p.e));
+    t.prefix_keys = arena.take<C>(prefix_tiles(p) * tile_keys * p.e);
+    t.prefix_values = arena.take<C>(prefix_tiles(p) * tile_keys * padded<C>(p.e));
     return t;
   }
 
@@ -83,10 +86,42 @@ struct Forward {
   }
 
   template <class S>
-  static void pack(const Heads& keys, const Heads& values, int64_t i, int64_t kv, int64_t first, int64_t n, int64_t e,
-                   const Tile& out) {
-    pack_columns<T>(row_of<S>(keys, i, kv, first), keys.stride[2], keys.stride[3], n, e, out.keys, padded<C>(n));
-    pack_rows<T>(row_of<S>(values, i, kv, first), values.stride[2], values.stride[3], n, e, out.values, padded<C>(e));
+  static void pack_keys(const Heads& keys, int64_t i, int64_t kv, int64_t first, int64_t n, int64_t e, C* out) {
+    pack_columns<T>(row_of<S>(keys, i, kv, first), keys.stride[2], keys.stride[3], n, e, out, padded<C>(n));
+  }
+
+  template <class S>
+  static void pack_values(const Heads& values, int64_t i, int64_t kv, int64_t first, int64_t n, int64_t e, C* out) {
+    pack_rows<T>(row_of<S>(values, i, kv, first), values.stride[2], values.stride[3], n, e, out, padded<C>(e));
+  }
+
+  // Whether whole vectors of rows of t can be read for few rows. Not a question of the number of threads, so that bits aren't.
+  static bool in_place(const Problem& p, const Heads& t) {
+    return p.t * (p.h / p.h_kv) <= few_rows && p.e % L == 0 && t.stride[3] == 1;
+  }
+
+  static Tile own_tile(const Problem& p, const Thread& t, const Unit& u, int64_t first, int64_t n) {
+    Tile out{in_place(p, p.k) ? nullptr : t.keys, t.values, padded<C>(p.e)};
+    if (out.keys) pack_keys<T>(p.k, u.i, u.kv, first, n, p.e, t.keys);
+    if constexpr (sizeof(T) == sizeof(C))
+      if (in_place(p, p.v)) return {out.keys, row_of<T>(p.v, u.i, u.kv, first), p.v.stride[2]};
+    pack_values<T>(p.v, u.i, u.kv, first, n, p.e, t.values);
+    return out;
+  }
+
+  // Scores of rows and own keys [first, first + n), which lie in memory one behind the other, by vectors along a key.
+  static void scores_in_place(const Problem& p, const Unit& u, int64_t first, int64_t n, int64_t rows, const C* q, C* scores) {
+    const T* key = row_of<T>(p.k, u.i, u.kv, first);
+    for (int64_t j = 0; j < n; j += L)
+      for (int64_t r = 0; r < rows; ++r) {
+        Vec<C> acc[L] = {};
+        for (int64_t c = 0; c < p.e; c += L) {
+          const Vec<C> x = load<C>(q + r * p.e + c);
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) acc[l] += x * load<C>(key + least(j + l, n - 1) * p.k.stride[2] + c);
+        }
+        store(scores + r * tile_keys + j, sums<C, L>(acc));
+      }
   }
 
   // Weights of a row in place of its scores, of which the last lanes may be of no key. Returns by how much its sums shrink.
@@ -127,7 +162,10 @@ struct Forward {
         ragged = true;
         if (seen <= 0) continue;
       }
-      product(rows, p.e, seen, t.q + g * ld, ld, tile.keys, width, false, t.scores, tile_keys);
+      if (tile.keys)
+        product(rows, p.e, seen, t.q + g * ld, ld, tile.keys, width, false, t.scores, tile_keys);
+      else
+        scores_in_place(p, u, first, seen, rows, t.q + g * ld, t.scores);
       for (int64_t r = 0; r < rows; ++r) {
         C* scores = t.scores + r * tile_keys;
         const int64_t row = g + r, query = u.first + row % u.queries, head = u.head + row / u.queries;
@@ -142,7 +180,7 @@ struct Forward {
           for (int64_t j = 0; j < seen; j += L) store(scores + j, load<C>(scores + j) * load<C>(t.factors + j));
         }
       }
-      product(rows, seen, p.e, t.scores, tile_keys, tile.values, ld, true, t.y + g * ld, ld);
+      product(rows, seen, p.e, t.scores, tile_keys, tile.values, tile.ld, true, t.y + g * ld, ld);
     }
   }
 
@@ -163,14 +201,19 @@ struct Forward {
   }
 
   static void through_prefix(const Problem& p, const Thread& t, const Unit& u) {
-    const int64_t kept = prefix_tiles(p), index = p.prefix_of[u.i], rows = u.heads * u.queries;
+    const int64_t kept = prefix_tiles(p), index = p.prefix_of[u.i];
+    const int64_t rows = u.heads * u.queries, ld = padded<C>(p.e);
     if (index < 0) return;
     const bool here = kept && t.packed[0] == u.kv && t.packed[1] == index;
     for (int64_t first = 0; first < p.p; first += tile_keys) {
       const int64_t n = least(tile_keys, p.p - first);
-      const Tile tile = kept ? Tile{t.prefix.keys + first * p.e, t.prefix.values + first * padded<C>(p.e)} : t.tile;
-      if (!here) pack<W>(p.prefix_k, p.prefix_v, index, u.kv, first, n, p.e, tile);
-      attend(p, t, u, tile, false, first, n, 0, rows);
+      C* const keys = kept ? t.prefix_keys + first * p.e : t.keys;
+      C* const values = kept ? t.prefix_values + first * ld : t.values;
+      if (!here) {
+        pack_keys<W>(p.prefix_k, index, u.kv, first, n, p.e, keys);
+        pack_values<W>(p.prefix_v, index, u.kv, first, n, p.e, values);
+      }
+      attend(p, t, u, {keys, values, ld}, false, first, n, 0, rows);
     }
     t.packed[0] = u.kv, t.packed[1] = index;
   }
@@ -179,13 +222,13 @@ struct Forward {
     const int64_t rows = u.heads * u.queries, end = own_end(p, u.i, u.first + u.queries - 1);
     for (int64_t first = 0; first < end; first += tile_keys) {
       const int64_t n = least(tile_keys, end - first), skipped = most(0, first_query(p, first) - u.first);
-      pack<T>(p.k, p.v, u.i, u.kv, first, n, p.e, t.tile);
+      const Tile tile = own_tile(p, t, u, first, n);
       if (skipped == 0) {
-        attend(p, t, u, t.tile, true, first, n, 0, rows);
+        attend(p, t, u, tile, true, first, n, 0, rows);
         continue;
       }
       for (int64_t head = 0; head < rows; head += u.queries)
-        attend(p, t, u, t.tile, true, first, n, head + skipped, head + u.queries);
+        attend(p, t, u, tile, true, first, n, head + skipped, head + u.queries);
     }
   }
 

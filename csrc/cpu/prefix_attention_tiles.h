@@ -2,6 +2,7 @@
 //
 // Scores are scaled by log2(e) beside the scale of the call, so that a weight is a power of 2.
 #pragma once
+#include "narrow.h"
 #include "philox.h"
 #include "prefix_attention_args.h"
 #include "rows.h"
