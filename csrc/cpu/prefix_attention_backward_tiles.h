@@ -128,6 +128,7 @@ struct Tiles {
     C *weights = w.weights + r * tile_keys, *grads = w.grad_scores + r * tile_keys;
     const C lse = s.softmax.lse[r], rest = s.softmax.rest[r], delta = s.softmax.delta[r];
     const C gain = MODIFIED && p.gate && !tile.own ? p.gate[s.j] : 1, to_grad = static_cast<C>(p.scale) * gain;
+    const C nothing = lse == lse ? 0 : lse;  // of what is masked, as of scores of -inf
     const bool dropped = MODIFIED && p.dropped;
     if (MODIFIED && tile.own && p.mask_kind != Mask::none) add_mask<T>(p, tile.i, s.j, s.l + r, tile.first, n, weights);
     if (dropped) draw(p, tile, w, s, r, n);
@@ -135,7 +136,7 @@ struct Tiles {
       const Vec<C> score = load<C>(weights + c);
       const auto seen = [&](Vec<C> v) FA_FORCED {  // a hidden key has no part, whatever its score is
         if (LIMITED) v = index <= static_cast<int>(s.limit + r) ? v : Vec<C>{};
-        return MODIFIED ? score == -infinity<C> ? Vec<C>{} : v : v;
+        return MODIFIED ? score == -infinity<C> ? broadcast<C>(nothing) : v : v;
       };
       const Vec<C> weight = seen(power_of_2(score - lse - rest));
       const Vec<C> factor = dropped ? load<C>(w.factors + c) : broadcast<C>(1);

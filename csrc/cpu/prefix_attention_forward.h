@@ -4,8 +4,9 @@
 
 namespace fastadapt::FA_TARGET::prefix_attention {
 
-// Rows that go through a tile together: their scores stay in the first-level cache. At the diagonal, of one tile of registers.
-constexpr int64_t group_rows = 24, diagonal_rows = tile_rows<max_vectors>;
+// Rows that go through a tile together: their scores stay in the first-level cache. Fewer at the diagonal, where a row costs as
+// much as the last one.
+constexpr int64_t group_rows = 24, diagonal_rows = 12;
 
 // The largest score of a row may grow by so much before its sums are scaled again: a weight is at most 2^8.
 constexpr int slack = 8;
@@ -124,25 +125,30 @@ struct Forward {
       }
   }
 
-  // Weights of a row in place of its scores, of which the last lanes may be of no key. Returns by how much its sums shrink.
-  static FA_INLINE void weigh(const Thread& t, int64_t row, C* scores, int64_t n, int64_t ld) {
-    Vec<C> largest = load<C>(scores);
-    for (int64_t j = L; j < n; j += L) largest = maximum<C>(largest, load<C>(scores + j));
+  // Weights of a row of n scores in place of them; the last lanes may be of no key.
+  template <int NV>
+  static FA_INLINE void weigh(const Thread& t, int64_t row, C* scores, int64_t ld) {
+    Vec<C> s[NV], high = load<C>(scores);
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      s[v] = load<C>(scores + v * L);
+      high = maximum<C>(s[v], high);
+    }
     C& top = t.top[row];
-    if (any(largest > top + slack)) {
-      C highest = largest[0];
-      for (int l = 1; l < L; ++l) highest = highest > largest[l] ? highest : largest[l];
-      const Vec<C> shrink = power_of_2(broadcast<C>(top - highest));
-      if (top != -infinity<C>)
-        for (int64_t c = 0; c < ld; c += L) store(t.y + row * ld + c, load<C>(t.y + row * ld + c) * shrink);
-      store(t.total + row * L, top == -infinity<C> ? Vec<C>{} : load<C>(t.total + row * L) * shrink);
-      top = highest;
+    Vec<C> total = load<C>(t.total + row * L);
+    if (any(high > top + slack)) {
+      const C before = top;
+      top = largest<C>(maximum<C>(high, broadcast<C>(top)));
+      const Vec<C> shrink = power_of_2(broadcast<C>(before == -infinity<C> ? before : before - top));
+      total *= shrink;
+      for (int64_t c = 0; c < ld && before != -infinity<C>; c += L)
+        store(t.y + row * ld + c, load<C>(t.y + row * ld + c) * shrink);
     }
     const C shift = top == -infinity<C> ? 0 : top;
-    Vec<C> total = load<C>(t.total + row * L);
-    for (int64_t j = 0; j < n; j += L) {
-      const Vec<C> weight = power_of_2(load<C>(scores + j) - shift);
-      store(scores + j, weight);
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      const Vec<C> weight = power_of_2(s[v] - shift);
+      store(scores + v * L, weight);
       total += weight;
     }
     store(t.total + row * L, total);
@@ -172,9 +178,11 @@ struct Forward {
         if (own && p.mask_kind != Mask::none) add_mask<T>(p, u.i, head, query, first, seen, scores);
         if (ragged) {
           const int64_t stop = own ? most(0, least(seen, own_end(p, u.i, query) - first)) : seen;
-          for (int64_t j = stop; j < padded<C>(seen); ++j) scores[j] = -infinity<C>;
+          hide(stop, seen, scores);
         }
-        weigh(t, row, scores, seen, ld);
+        for_vectors<tile_keys / L>(ceil_div(seen, L), [&](auto nv) FA_FORCED {
+          weigh<decltype(nv)::value>(t, row, scores, ld);
+        });
         if (p.dropped) {
           dropout_factors(dropout_of(p), dropout_row(p, u.i, head, query), (own ? own_column(p) : 0) + first, seen, t.factors);
           for (int64_t j = 0; j < seen; j += L) store(scores + j, load<C>(scores + j) * load<C>(t.factors + j));

@@ -39,16 +39,35 @@ FA_INLINE VD power_of_2(VD x) {
   return x;
 }
 
-template <class C>
-FA_INLINE Vec<C> maximum(Vec<C> a, Vec<C> b) { return a > b ? a : b; }
-
 // Whether a comparison holds in any lane.
 template <class I>
 FA_INLINE bool any(I compared) {
+#if defined(__AVX512F__) && FA_LANES == 16
+  return _mm512_movepi32_mask(bit_cast<__m512i>(compared));
+#elif defined(__AVX2__) && FA_LANES == 8
+  return _mm256_movemask_epi8(bit_cast<__m256i>(compared));
+#else
   uint64_t words[sizeof(I) / 8], all = 0;
   memcpy(words, &compared, sizeof words);
   for (uint64_t word : words) all |= word;
   return all;
+#endif
+}
+
+// f(integral_constant<n>) for n in [1, MOST].
+template <int MOST, class F>
+FA_INLINE void for_vectors(int64_t n, F&& f) {
+  if (n == MOST) return f(RowCount<MOST>{});
+  if constexpr (MOST > 1) for_vectors<MOST - 1>(n, f);
+}
+
+// Hides keys [begin, end) of a row of scores, and what lies behind them in the last vector.
+template <class C>
+FA_INLINE void hide(int64_t begin, int64_t end, C* scores) {
+  Vec<C> lane;
+  for (int l = 0; l < lanes<C>; ++l) lane[l] = l;
+  for (int64_t j = begin / lanes<C> * lanes<C>; j < end; j += lanes<C>)
+    store(scores + j, lane < static_cast<C>(begin - j) ? load<C>(scores + j) : broadcast<C>(-infinity<C>));
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
@@ -137,8 +156,10 @@ void add_mask(const Problem& p, int64_t i, int64_t j, int64_t l, int64_t first, 
   }
   auto add = [&](auto* row) FA_FORCED {
     row += first * step;
-    for (int64_t k = 0; k < n; k += lanes<C>)
-      store(scores + k, load<C>(scores + k) + load_at<C>(row + k * step, 0, n - k, step) * static_cast<C>(log2_e));
+    for (int64_t k = 0; k < n; k += lanes<C>) {
+      const Vec<C> mask = load_at<C>(row + k * step, 0, n - k, step), hidden = broadcast<C>(-infinity<C>);
+      store(scores + k, mask == hidden ? hidden : load<C>(scores + k) + mask * static_cast<C>(log2_e));
+    }
   };
   if (p.mask_kind == Mask::like_q)
     add(row_of<T>(p.mask, i, j, l));

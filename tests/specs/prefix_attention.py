@@ -261,7 +261,12 @@ def rounded(a, unit, points):
         weights = torch.where(seen, (scores - top).exp(), 0.0)
         total = weights.sum(-1, keepdim=True)
         mixed = (value(weights) * stays) @ torch.where(seen.any((-2,))[..., None], values, 0.0)
-        return torch.where(total == 0, 0.0, mixed / torch.where(total == 0, 1.0, total))
+        y = torch.where(total == 0, 0.0, mixed / torch.where(total == 0, 1.0, total))
+        if y.requires_grad:  # backward makes the weights anew, from a sum whose logarithm is a float32 number
+            lse = (top + total.log()).detach()
+            off = torch.where(lse.isfinite(), lse.float() - lse, 0.0)
+            y.register_hook(lambda grad: grad * (1 + off))
+        return y
 
     v, prefix_v = of_query(v), of_query(prefix_v).expand(b, h, p, e)
     own_stays, prefix_stays = stays[..., stays.shape[-1] - t_k :], stays[..., :p]
