@@ -88,7 +88,7 @@ def _method_of_lora(title: str, lr: float, random: bool = False, **options) -> M
     return Method(title, lr, partial(_lora, **options), "lora_rank", random)
 
 
-HIDDEN, DEVIATION = 64, 0.3  # width of the MLP that prefixes come from; what they, or its embeddings, begin with
+HIDDEN = 64  # of the MLP that prefixes come from
 
 
 class PrefixedAttention(nn.Module):
@@ -124,12 +124,11 @@ class Prefixed(nn.Module):
         return self.encoder(input_ids=input_ids, attention_mask=seen, position_ids=positions[None])
 
 
-def _prefixes(encoder: nn.Module, modules, p: int, hidden: int | None = None) -> nn.Module:
+def _prefixes(encoder: nn.Module, modules, p: int, **options) -> nn.Module:
     if modules is plain:
-        return plain.prefix_tuning(encoder, p, hidden)
+        return plain.prefix_tuning(encoder, p, options.get("hidden"))
     h, layers = encoder.config.num_attention_heads, encoder.config.num_hidden_layers
-    prefixes = modules.PrefixEncoder(h, p, encoder.config.hidden_size // h, layers, hidden=hidden, init_std=DEVIATION)
-    return Prefixed(encoder, prefixes)
+    return Prefixed(encoder, modules.PrefixEncoder(h, p, encoder.config.hidden_size // h, layers, **options))
 
 
 class Prompted(nn.Module):
@@ -166,11 +165,14 @@ METHODS = {
     "dora": _method_of_lora("DoRA on queries and values (Liu et al. 2024)", 3e-3, dora=True),
     "lora-all": _method_of_lora("LoRA on all linear layers", 1e-3, on=None),
     "prefix": Method(
-        "prefix tuning: keys and values of every layer from an MLP (Li and Liang 2021)", 1e-2, None, "prefix_length",
+        "prefix tuning: keys and values of every layer from an MLP (Li and Liang 2021)", 5e-3, None, "prefix_length",
         around=partial(_prefixes, hidden=HIDDEN),
     ),
-    "ptuning-2": Method("P-tuning v2: the same as parameters (Liu et al. 2022)", 3e-2, None, "prefix_length", around=_prefixes),
-    "prompt": Method("prompt tuning: a prompt of vectors (Lester et al. 2021)", 3e-2, None, "prefix_length", around=_prompt),
+    "ptuning-2": Method(
+        "P-tuning v2: the same as parameters (Liu et al. 2022)", 3e-2, None, "prefix_length",
+        around=partial(_prefixes, init_std=0.3),
+    ),
+    "prompt": Method("prompt tuning: a prompt of vectors (Lester et al. 2021)", 1e-1, None, "prefix_length", around=_prompt),
 }  # fmt: skip
 
 
