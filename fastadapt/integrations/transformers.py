@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..nn.lora import adapter_dtype
 from ..nn.prefix import Prefix, PrefixEncoder
 from ..ops.prefix_attention import prefix_attention
 
@@ -61,7 +60,7 @@ def attention(
             as :func:`mask` makes it, for causal attention with padding; or None.
         dropout: probability that a weight is dropped.
         scaling: as ``scale`` of the op.
-        is_causal: None for causal if the layer is and no ``attention_mask`` says what is seen.
+        is_causal: whether a call without ``attention_mask`` is causal; None for what the layer is. Every other mask says it.
 
     Returns:
         ``(b, t, h, e)``, contiguous, and None for the weights.
@@ -69,14 +68,14 @@ def attention(
     asked = [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
     if asked:
         raise ValueError(f'attn_implementation="{NAME}" doesn\'t support {", ".join(asked)}')
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    elif attention_mask.dim() == 2:
         if attention_mask.dtype != torch.bool:
             raise TypeError(f"attention_mask must be torch.bool where it is (b, t_k), got {attention_mask.dtype}")
         attention_mask, is_causal = attention_mask[:, None, None], True
-    elif attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
-    if is_causal is None:
-        is_causal = attention_mask is None and getattr(module, "is_causal", True)
+    else:  # a static cache is longer than what causality counts from
+        attention_mask, is_causal = attention_mask[..., : key.shape[2]], False
     prefix = getattr(module, "fastadapt_prefix", None)
     if prefix is None:
         none = key.new_empty(key.shape[1], 0, key.shape[3])
@@ -153,8 +152,10 @@ def add_prefix(
         model: a model whose attention layers take their function from ``transformers.AttentionInterface``.
         p: length of the prefixes.
         layers: the attention layers that get one, see :func:`attention_layers`; None for all. LLaMA-Adapter takes the topmost.
-        shift_positions: True: the first token of a sequence is at position ``p``, as if the prefix were tokens before it (so in
-            ``peft``). False: at 0 (LLaMA-Adapter). None: True for models that take ``position_ids``, unless there is a gate.
+        shift_positions: True: all tokens are ``p`` positions further on, as if the prefix were tokens before them (so in
+            ``peft``); ``position_ids`` of a call come without the shift, and are 0 to ``t - 1`` where it has none. The model
+            needs positions for ``p + t``. False: the prefix has no positions (LLaMA-Adapter). None: True for models that
+            take ``position_ids`` and count them from 0, unless there is a gate.
         backend: as in :func:`fastadapt.prefix_attention`.
         options: ``hidden``, ``width``, ``dropout``, ``gate``, ``init_std``, ``device`` and ``dtype`` of :class:`PrefixEncoder`.
 
@@ -173,18 +174,19 @@ def add_prefix(
         )
     if getattr(model, "prefix_encoder", None) is not None:
         raise ValueError("model must have no prefix yet; remove_prefix() takes one away")
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    shiftable = "position_ids" in inspect.signature(model.forward).parameters
+    # RoBERTa and its like count from padding_idx + 1, and only tokens that aren't padding.
+    shiftable &= not any(hasattr(module, "create_position_ids_from_inputs_embeds") for module in model.modules())
     if shift_positions is None:
-        shift_positions = takes_positions and options.get("gate") is None
-    if shift_positions and not takes_positions:
-        raise ValueError(f"shift_positions must be False for {type(model).__name__}, which takes no position_ids")
+        shift_positions = shiftable and options.get("gate") is None
+    if shift_positions and not shiftable:
+        raise ValueError(f"shift_positions must be False for {type(model).__name__}, which doesn't take positions from 0 on")
     config = model.config.get_text_config()
     h = config.num_attention_heads
     h_kv = getattr(config, "num_key_value_heads", None) or h
     e = getattr(config, "head_dim", None) or config.hidden_size // h
-    weight = model.get_input_embeddings().weight
-    options = {"device": weight.device, "dtype": adapter_dtype(weight, options.pop("dtype", None)), **options}
-    encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **options)
+    dtype = model.dtype if model.dtype == torch.float64 else torch.float32
+    encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **{"device": model.device, "dtype": dtype, **options})
     hook = _Hook(layers, p if shift_positions else 0, backend, model.config._attn_implementation)
     model.set_attn_implementation(NAME)
     model.prefix_encoder = encoder.train(model.training)

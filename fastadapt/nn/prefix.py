@@ -36,8 +36,9 @@ class PrefixEncoder(nn.Module):
 
     The prefixes are a parameter, or with ``hidden`` the output of an MLP, ``output(tanh(hidden(embedding)))``, for the time of
     training: the reparametrisation of prefix tuning. It runs once a call, whatever the batch, and :meth:`flatten` drops it
-    afterwards. One encoder for all layers of a model is P-tuning v2. Sources: Li and Liang 2021, Liu et al. 2022 (P-tuning v2),
-    Zhang et al. 2023 (LLaMA-Adapter).
+    afterwards. One encoder for all layers of a model is P-tuning v2. With ``gate`` it is LLaMA-Adapter, but for keys and values
+    that are learned as such and aren't the layer's projections of learned vectors. Sources: Li and Liang 2021, Liu et al. 2022
+    (P-tuning v2), Zhang et al. 2023 (LLaMA-Adapter).
 
     Keys of ``state_dict``: ``prefix`` ``(layers, 2, h_kv, p, e)``, keys before values; or ``embedding.weight`` ``(p, width)``,
     ``hidden.weight``, ``hidden.bias``, ``output.weight`` ``(layers * 2 * h_kv * e, hidden)`` and ``output.bias``; and ``gate``
