@@ -190,6 +190,7 @@ def test_summary():
     assert report.summarize(rows) == {
         "native": {
             "geometric_mean_over": {"eager": 4.0, "compiled": 1.414}, "lowest_over": {"eager": 2.0, "compiled": 0.5},
+            "over_fastest": {"geometric_mean": 1.414, "lowest": 0.5},
             "share_of_memory": {"eager": 0.333, "compiled": 0.5},
             "over_parts": {"layer": {"geometric_mean": 0.768, "highest": 1.5, "case": "m0-r8"}},
             "geometric_mean_of_floor": 0.707, "rows": 2, "below": {"m0-r8": 0.5},

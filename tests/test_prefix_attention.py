@@ -184,7 +184,7 @@ def test_the_seed_comes_from_torch(backend):
 @kernels
 def test_the_gradient_of_a_prefix_is_no_chain_of_float32_sums(backend):
     """A large batch of equal sequences: equal terms, whose sum one after the other would drift."""
-    b, t = (12, 40) if INTERPRET else (512, 128)
+    b, t = (12, 40) if INTERPRET else (256, 128)
     layout = lambda name, x: x[:1].expand(x.shape) if name in ("q", "k", "v", "grad_y") else x  # noqa: E731
     check(SPEC, backend, lambda: call(b=b, t=t, t_k=2, h=1, e=8, gate="drawn"), {"prefix_k", "prefix_v", "gate"}, layout)
 
@@ -298,6 +298,7 @@ def test_decoding_by_steps_is_one_call(backend):
     assert_within_reference_error(torch.cat(steps, 2), concatenated(**whole), exact, "output")
 
 
+@pytest.mark.skipif(INTERPRET, reason="the graph is the same")
 @kernels
 def test_other_lengths_ids_and_seeds_cost_no_recompilation(backend):
     arguments = call(g=2, ids=[0, -1], lengths=[5, 2], dropout=0.3)
@@ -372,7 +373,7 @@ def test_strided_inputs_and_broadcast_masks_are_read_in_place():
 
 
 @on_cpu
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_peak_memory_does_not_grow_with_batch_and_prefix(training):
     """Copies of the prefix for each of the batch would take 256 MiB, and so would scores or weights."""
     assert extra_bytes(MEMORY, f"8, 2, 8, 64, 8, {training}", f"128, 4, 16, 64, 1024, {training}") <= 32 * 2**20
