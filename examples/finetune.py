@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--methods", nargs="+", choices=adapt.METHODS, metavar="METHOD", help="default: all; with --peft those of LoRA")
     option("--peft", action="store_true", help="compare a model of peft with the same model accelerated in place")
     option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
-    option("--steps", type=positive, default=24, help="training steps a run (default: %(default)s)")
+    option("--steps", type=positive, default=20, help="training steps a run (default: %(default)s)")
     option("--batch-size", type=positive, default=32, help="sentences a step (default: %(default)s)")
     option("--rank", type=positive, default=48, help="width of the bottleneck; the model's is 384 (default: %(default)s)")
     option("--lora-rank", type=positive, default=16, help="rank of LoRA (default: %(default)s)")
