@@ -14,11 +14,11 @@ constexpr int64_t most_units = 32, least_units = 8;
 template <int N>
 using Doubles __attribute__((vector_size(8 * N))) = double;
 
-template <class T, class W>
-struct Backward : Tiles<T, W> {
-  using Base = Tiles<T, W>;
-  using typename Base::C, typename Base::Thread, typename Base::Tile, typename Base::Queries, typename Base::Softmax;
-  using Base::group, Base::width, Base::L;
+template <class Base>
+struct BackwardOf : Base {
+  using typename Base::C, typename Base::T, typename Base::W;
+  using typename Base::Thread, typename Base::Tile, typename Base::Queries, typename Base::Softmax;
+  using Base::group, Base::width, Base::L, Base::tile_keys, Base::tile_queries;
 
   enum Phase { cutting, tiles, sums };
 
@@ -309,6 +309,7 @@ struct Backward : Tiles<T, W> {
     if (phase == tiles) {
       const Thread w = Base::thread(p, arena);
       C* const sums = own_sums(p, arena);
+      const typename Base::Scope scope(w);
       const int64_t cut = unit % cuts(p), head = unit / cuts(p) % p.h_kv, chunk = unit / cuts(p) / p.h_kv;
       for (int64_t at = s.first[chunk]; at < s.first[chunk + 1]; ++at)
         sequence(p, p.order[at], head, cut, chunk, at == s.first[chunk], s, w, sums);
@@ -322,5 +323,8 @@ struct Backward : Tiles<T, W> {
 
   static BackwardKernel kernel() { return {shared_bytes, thread_bytes, units, run}; }
 };
+
+template <class T, class W>
+struct Backward : BackwardOf<Tiles<T, W>> {};
 
 }  // namespace fastadapt::FA_TARGET::prefix_attention

@@ -5,13 +5,15 @@
 
 namespace fastadapt::FA_TARGET::prefix_attention {
 
-// Queries of a tile, and the rows or columns by which a tile that causality cuts is worked on.
-constexpr int64_t tile_queries = 64, strip = 16;
-
-template <class T, class W>
+template <class Q, class W_>
 struct Tiles {
+  using T = Q;
+  using W = W_;
   using C = Compute<T>;
   static constexpr int L = lanes<C>;
+
+  // Keys and queries of a tile, and the rows or columns by which one that causality cuts is worked on.
+  static constexpr int64_t tile_keys = prefix_attention::tile_keys, tile_queries = 64, strip = 16;
 
   // Of own keys or of the prefix, by the queries of a group of heads: the logarithm by base 2 of the sum of exponentials, its
   // part below rounding, which would move all weights of a query, and the sum of weight * gradient of the weight.
@@ -27,6 +29,10 @@ struct Tiles {
     C *weights, *grad_scores;      // (queries, keys)
     C* factors;                    // of dropout, of a row
     Softmax own, prefix;
+  };
+
+  struct Scope {  // what a thread needs while it works on tiles
+    FA_INLINE explicit Scope(const Thread&) {}
   };
 
   static FA_INLINE int64_t width(const Problem& p) { return padded<C>(p.e); }
@@ -128,14 +134,14 @@ struct Tiles {
     C *weights = w.weights + r * tile_keys, *grads = w.grad_scores + r * tile_keys;
     const C lse = s.softmax.lse[r], rest = s.softmax.rest[r], delta = s.softmax.delta[r];
     const C gain = MODIFIED && p.gate && !tile.own ? p.gate[s.j] : 1, to_grad = static_cast<C>(p.scale) * gain;
-    const C nothing = lse == lse ? 0 : lse;  // of what is masked, as of scores of -inf
+    const C nothing = lse == lse ? 0 : lse;  // a hidden key has no part, whatever its score is, but of a sum that is NaN
     const bool dropped = MODIFIED && p.dropped;
     if (MODIFIED && tile.own && p.mask_kind != Mask::none) add_mask<T>(p, tile.i, s.j, s.l + r, tile.first, n, weights);
     if (dropped) draw(p, tile, w, s, r, n);
     for (int64_t c = 0; c < n; c += L, index += L) {
       const Vec<C> score = load<C>(weights + c);
-      const auto seen = [&](Vec<C> v) FA_FORCED {  // a hidden key has no part, whatever its score is
-        if (LIMITED) v = index <= static_cast<int>(s.limit + r) ? v : Vec<C>{};
+      const auto seen = [&](Vec<C> v) FA_FORCED {
+        if (LIMITED) v = index <= static_cast<int>(s.limit + r) ? v : broadcast<C>(nothing);
         return MODIFIED ? score == -infinity<C> ? broadcast<C>(nothing) : v : v;
       };
       const Vec<C> weight = seen(power_of_2(score - lse - rest));

@@ -201,9 +201,9 @@ struct Forward {
   // What a row's sums are to be multiplied with; keeps the logarithm of their weights, in part 0 or 1 of lse.
   static C finish(const Problem& p, const Thread& t, int64_t row, int64_t part, int64_t at) {
     const C total = sum<C>(load<C>(t.total + row * L));
-    if (p.lse) {
-      const C log = sizeof(C) == 4 ? __builtin_log2f(total) : __builtin_log2(total);
-      static_cast<C*>(p.lse)[part * p.b * p.h * p.t + at] = static_cast<C>((t.top[row] + static_cast<double>(log)) * ln_2);
+    if (p.lse) {  // rounded once: backward takes weights from it
+      const double log = (t.top[row] + __builtin_log2(total)) * ln_2;
+      static_cast<C*>(p.lse)[part * p.b * p.h * p.t + at] = static_cast<C>(log);
     }
     return total == 0 ? 0 : 1 / total;
   }

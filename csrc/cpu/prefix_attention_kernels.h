@@ -15,4 +15,12 @@ BackwardKernel backward_kernel(Dtype dtype, bool wide_parameters) {
       dtype, wide_parameters ? Dtype::float32 : dtype);
 }
 
+#if FA_LANES == 16 && FASTADAPT_AMX
+// For a q in bfloat16.
+BackwardKernel amx_backward_kernel(Dtype, bool wide_parameters) {
+  using namespace fastadapt::FA_TARGET::prefix_attention;
+  return wide_parameters ? AmxBackward<float>::kernel() : AmxBackward<BFloat16>::kernel();
+}
+#endif
+
 }  // namespace fastadapt::prefix_attention::FA_TARGET

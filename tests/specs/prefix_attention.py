@@ -230,7 +230,7 @@ COMPILED = (
 
 def rounded(a, unit, points):
     """The docstring's formula in float64, and its roundings."""
-    value, gradient = (points.value, points.gradient) if unit == "matrix" else (lambda t: t,) * 2
+    value, gradient = (points.value, points.gradient) if unit != "vector" else (lambda t: t,) * 2
     q, k, v = a["q"], a["k"], a["v"]
     (b, h, t, e), t_k, p, device = q.shape, k.shape[2], a["prefix_k"].shape[-2], q.device
     of_query = lambda t: t.repeat_interleave(h // t.shape[-3], -3)  # noqa: E731
@@ -264,7 +264,7 @@ def rounded(a, unit, points):
         y = torch.where(total == 0, 0.0, mixed / torch.where(total == 0, 1.0, total))
         if y.requires_grad:  # backward makes the weights anew, from a sum whose logarithm is a float32 number
             lse = (top + total.log()).detach()
-            off = torch.where(lse.isfinite(), lse.float() - lse, 0.0)
+            off = torch.where(lse.isfinite(), lse.float() - lse, 0.0).to(y.dtype)
             y.register_hook(lambda grad: grad * (1 + off))
         return y
 
@@ -308,7 +308,7 @@ def fuzz(draw, st):
 NUMERICS = Numerics(
     rounded=rounded,
     # Matrix units round weights before they are divided by their sum, in an order of tiles that the model doesn't know.
-    predicted=lambda a, unit: () if unit == "matrix" else ("y",),
+    predicted=lambda a, unit: ("y",) if unit == "vector" else (),
     exact=(),  # no exponential is
     rows=("key_lengths", "adapter_ids", "bias"),
     alone={},
