@@ -27,7 +27,7 @@ def prefix_attention_reference(
     scale = e**-0.5 if scale is None else scale
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     if adapter_ids is not None:
-        prefix_k, prefix_v = (t.index_select(0, adapter_ids.clamp(min=0)) for t in (prefix_k, prefix_v))
+        prefix_k, prefix_v = (t.index_select(0, adapter_ids.clamp(min=0).long()) for t in (prefix_k, prefix_v))
     of_query = lambda t: t.repeat_interleave(h // t.shape[-3], -3)  # noqa: E731
     scores = scale * (q @ of_query(k).transpose(-1, -2))
     prefix_scores = scale * (q @ of_query(prefix_k).transpose(-1, -2))
