@@ -71,23 +71,23 @@ def test_equals_the_library(calls, make, options):
     for module in fast.modules():
         if isinstance(module, torch.nn.Embedding) and module.num_embeddings == P:
             module.register_forward_hook(lambda module, args, output: ran.append(output.shape[:-1]))
-    assert_equal_outcomes(fast, library, inputs := batches(library, 2))
+    count = assert_equal_outcomes(fast, library, lambda: batches(library, 2))
     h_kv = 2 if make is llama else 4
     prefix = (3, h_kv, P, 8) if options.get("use_gating") else (h_kv, P, 8)
-    assert calls == [((3, h_kv, T, 8), prefix)] * 2 * len(inputs)
-    assert ran == [(P,)] * len(inputs) * (not options["flat"])
+    assert calls == [((3, h_kv, T, 8), prefix)] * 2 * count
+    assert ran == [(P,)] * count * (not options["flat"])
 
 
 @pytest.mark.parametrize("make", [bert, llama], ids=["bert", "llama"])
 def test_equals_the_library_in_16_bits(calls, make):
     library, fast = pair(make, CASES["mlp"], dtype=torch.bfloat16)
-    assert_equal_outcomes(fast, library, batches(library, 2))
+    assert_equal_outcomes(fast, library, lambda: batches(library, 2))
     assert calls
 
 
 def test_padding_at_the_left():
     library, fast = pair(bert, CASES["mlp"], attention="sdpa")
-    assert_equal_outcomes(fast, library, [batch(library, "left") for _ in range(2)])
+    assert_equal_outcomes(fast, library, lambda: [batch(library, "left") for _ in range(2)])
 
 
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
@@ -98,7 +98,7 @@ def test_decoders_with_sdpa_see_their_prefix(make):
     right.config._attn_implementation = "eager"
     report = fastadapt.accelerate(model)
     assert all(row[1:] == ("accelerated", report.rows[0].reason) and "'eager'" in row.reason for row in report.rows)
-    assert_equal_outcomes(model, right, batches(model))
+    assert_equal_outcomes(model, right, lambda: batches(model))
 
 
 @pytest.mark.parametrize("options", [{"flat": True}, {"flat": False, "bottleneck_size": 16}], ids=["flat", "mlp"])
@@ -120,7 +120,7 @@ def test_dropout_draws_as_the_library_does(calls, options):
 def test_several_prefixes(calls, case):
     """Stacked ones are one; for others, in a part of the batch, the library composes."""
     library, fast = pair(bert, CASES["flat"], CASES[case])
-    assert_equal_outcomes(fast, library, batches(library))
+    assert_equal_outcomes(fast, library, lambda: batches(library))
     prefix = (4, 2 * P + 1, 8) if case == "mlp" else (3, 4, 2 * P + 1, 8)
     assert {shapes[1] for shapes in calls} == {prefix}
     calls.clear()
@@ -198,7 +198,7 @@ def test_with_adapters_of_other_kinds():
     fast = copy.deepcopy(model)
     report = fastadapt.accelerate(fast)
     assert len(report.accelerated) == 4 and not report.left
-    assert_equal_outcomes(fast, model, [batch(model, "right") for _ in range(2)])
+    assert_equal_outcomes(fast, model, lambda: [batch(model, "right") for _ in range(2)])
 
 
 @over_cases

@@ -51,18 +51,17 @@ def test_equals_the_library(calls, make, projection):
     library, fast = pair(make, projection)
     encoded = []
     fast.prompt_encoder["default"].register_forward_hook(lambda module, args, output: encoded.append(output.shape))
-    batches = [batch(library, side) for side in (None, "left", "right")]
-    assert_equal_outcomes(fast, library, batches)
+    count = assert_equal_outcomes(fast, library, lambda: [batch(library, side) for side in (None, "left", "right")])
     h_kv = 2 if make is llama else 4
-    assert calls == [((3, h_kv, T, 8), (h_kv, P, 8))] * 2 * len(batches)
-    assert encoded == [(P, 4 * h_kv * 8)] * len(batches) * projection
+    assert calls == [((3, h_kv, T, 8), (h_kv, P, 8))] * 2 * count
+    assert encoded == [(P, 4 * h_kv * 8)] * count * projection
 
 
 @pytest.mark.parametrize("make", [bert, llama], ids=["bert", "llama"])
 def test_equals_the_library_in_16_bits(make):
     """The prefix and its encoder stay in float32, as peft keeps them."""
     library, fast = pair(make, True, dtype=torch.bfloat16)
-    assert_equal_outcomes(fast, library, [batch(library, side) for side in (None, "left", "right")])
+    assert_equal_outcomes(fast, library, lambda: [batch(library, side) for side in (None, "left", "right")])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -122,7 +121,7 @@ def test_a_pickle_is_as_fast(calls, make):
 def test_positions_of_the_caller():
     library, fast = pair(llama)
     inputs = batch(library) | {"position_ids": torch.arange(T, device=DEVICE)[None] * 2}
-    assert_equal_outcomes(fast, library, [inputs])
+    assert_equal_outcomes(fast, library, lambda: [inputs])
     embeds = library.get_base_model().get_input_embeddings()(inputs.pop("input_ids")).detach()
     torch.testing.assert_close(fast(inputs_embeds=embeds, **inputs).logits, library(inputs_embeds=embeds, **inputs).logits)
 

@@ -213,4 +213,4 @@ def own_positions(backbone: nn.Module, given: dict, past: int, p: int) -> Tensor
     code = sys.modules[type(getattr(backbone, "embeddings", backbone)).__module__]
     if of_tokens := getattr(code, "create_position_ids_from_input_ids", None):  # RoBERTa's, which count no padding
         return None if tokens is None else of_tokens(tokens, backbone.embeddings.padding_idx, p)
-    return (like.new_zeros(like.shape[1]).long() + 1).cumsum(0)[None] + (past + p - 1)
+    return torch.arange(past + p, past + p + like.shape[1], device=like.device)[None]
