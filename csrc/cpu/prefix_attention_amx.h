@@ -252,7 +252,9 @@ struct AmxBackward {
 
   static int64_t shared_bytes(const Problem& p) { return Matrix::fits(p) ? Matrix::shared_bytes(p) : Vector::shared_bytes(p); }
   static int64_t thread_bytes(const Problem& p) { return Matrix::fits(p) ? Matrix::thread_bytes(p) : Vector::thread_bytes(p); }
-  static int64_t units(const Problem& p, int phase) { return Matrix::fits(p) ? Matrix::units(p, phase) : Vector::units(p, phase); }
+  static int64_t units(const Problem& p, int phase) {
+    return Matrix::fits(p) ? Matrix::units(p, phase) : Vector::units(p, phase);
+  }
   static void run(const Problem& p, int phase, void* shared, void* thread, int64_t unit) {
     (Matrix::fits(p) ? Matrix::run : Vector::run)(p, phase, shared, thread, unit);
   }

@@ -202,7 +202,8 @@ struct BackwardOf : Base {
     for (int64_t number = all * cut / cuts(p); number < all * (cut + 1) / cuts(p); ++number) {
       const bool own = number >= of_prefix;
       const int64_t first = (own ? number - of_prefix : number) * tile_keys, end = own ? p.key_lengths[i] : p.p;
-      const Tile tile{i, head, first, most(0, least(tile_keys, end - first)), own, own ? wants.own_slopes : wants.prefix_slopes};
+      const bool slopes = own ? wants.own_slopes : wants.prefix_slopes;
+      const Tile tile{i, head, first, most(0, least(tile_keys, end - first)), own, slopes};
       if (!(own ? wants.own : wants.prefix && p.prefix_of[i] >= 0)) continue;
       for (C* grad : {w.grad_k, w.grad_v}) memset(grad, 0, tile_keys * width(p) * sizeof(C));
       if (tile.n) {

@@ -111,8 +111,8 @@ struct Tiles {
   }
 
   // Scores of queries [begin, end) with the first n keys, and the gradients of the weights.
-  static FA_INLINE void scores(const Problem& p, const Tile& tile, const Thread& w, const Queries& s, int64_t begin, int64_t end,
-                               int64_t n) {
+  static FA_INLINE void scores(const Problem& p, const Tile& tile, const Thread& w, const Queries& s, int64_t begin,
+                               int64_t end, int64_t n) {
     auto multiply = [&](const Operand<C>& a, const C* b, C* c) FA_FORCED {
       product(end - begin, p.e, n, a.data + begin * a.ld, a.ld, b, tile_keys, false, c + begin * tile_keys, tile_keys);
     };
@@ -144,16 +144,16 @@ struct Tiles {
     if (dropped) draw(p, tile, w, s, r, n);
     for (int64_t c = 0; c < n; c += L, index += L) {
       const Vec<C> score = load<C>(weights + c);
-      const auto seen = [&](Vec<C> v) FA_FORCED {
-        if (LIMITED) v = index <= static_cast<int>(s.limit + r) ? v : broadcast<C>(nothing);
+      const auto seen = [&](Vec<C> v, C hidden) FA_FORCED {
+        if (LIMITED) v = index <= static_cast<int>(s.limit + r) ? v : broadcast<C>(hidden);
         return MODIFIED ? score == -infinity<C> ? broadcast<C>(nothing) : v : v;
       };
-      const Vec<C> weight = seen(power_of_2(score - lse - rest));
+      const Vec<C> weight = seen(power_of_2(score - lse - rest), nothing);
       const Vec<C> factor = dropped ? load<C>(w.factors + c) : broadcast<C>(1);
       store(weights + c, MODIFIED ? weight * factor * gain : weight);
       if (!tile.slopes) continue;
       const Vec<C> grad = load<C>(grads + c);
-      store(grads + c, seen(weight * ((MODIFIED ? grad * factor : grad) - delta)) * to_grad);
+      store(grads + c, seen(weight * ((MODIFIED ? grad * factor : grad) - delta), 0) * to_grad);
     }
   }
 
