@@ -12,7 +12,7 @@ constexpr int64_t group_rows = 24, diagonal_rows = 12;
 constexpr int slack = 8;
 
 // A packed prefix of a head up to this size stays for the next sequences.
-constexpr int64_t kept_bytes = 1 << 20;
+constexpr int64_t kept_bytes = 512 << 10;
 
 template <class T, class W>
 struct Forward {
