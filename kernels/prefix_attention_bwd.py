@@ -60,7 +60,8 @@ def prefix_attention_bwd_delta_kernel(
     grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH)
     y_offsets = query_offsets(sequence, head, members, queries, group, y_strides)
     y = rows_tile(y_ptr, y_offsets, inside, y_strides[3], dtype, E, WIDTH)
-    delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
+    # A product that a compiler fuses with the first sum of two lanes has other bits in either, which both store.
+    delta = tl.sum(tl.fma(grad_y.to(tl.float32), y.to(tl.float32), 0.0), 1)
     if gate_ptr is not None:
         every = tl.cast(b, tl.int64) * h_kv * group * t
         q_offsets = query_offsets(sequence, head, members, queries, group, q_strides)
@@ -77,7 +78,7 @@ def prefix_attention_bwd_delta_kernel(
                 prefix_v_strides[2], prefix_v_strides[3], length, scale, None, flat, 0, flat, 0, seed_ptr, threshold,
                 kept_scale, lse, TAIL, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
             )  # fmt: skip
-            prefix_delta += tl.sum(weights * grads, 1)
+            prefix_delta += tl.sum(tl.fma(weights, grads, 0.0), 1)
         delta -= gates_of(gate_ptr, head, members, inside, group) * prefix_delta
         tl.store(delta_ptr + every + flat, prefix_delta, mask=inside)
     tl.store(delta_ptr + flat, delta, mask=inside)

@@ -234,6 +234,9 @@ def test_runs_what_it_should():
     reduced = "add.s32 %r6, %r1, -40; redux.sync.{}.s32 %r7, %r6, -1; st.global.b32 [%rd3], %r7;"
     for name, expected in (("min", [-40, -8]), ("max", [-9, 23]), ("add", [-784, 240])):
         assert execute(reduced.format(name))[:64:32].tolist() == expected == execute(reduced.format(name))[31:64:32].tolist()
+    clamped = "add.s32 %r6, %r1, -40; {}.relu.s32 %r7, %r6, 3; st.global.b32 [%rd3], %r7;"
+    assert execute(clamped.format("min"))[:64].tolist() == [min(max(i - 40, 0), 3) for i in range(64)]
+    assert execute(clamped.format("max"))[:64].tolist() == [max(i - 40, 3) for i in range(64)]
     copied = f"{COPY} cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
     assert not execute(copied).any()
 

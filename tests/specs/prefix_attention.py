@@ -227,7 +227,7 @@ LOADED = {"dropout": 0.1, "gate": "drawn", "causal": True}
 COMPILED = (
     compiled(BF16, "e64", b=8, h=12, t=512, e=64, p=16, causal=True, quick=(90,)),
     compiled(BF16, "e128", b=8, h=32, h_kv=8, t=1024, e=128, p=64, causal=True),
-    compiled(FP16, "e256", b=8, h=8, t=512, e=256, p=40, causal=True),
+    compiled(FP16, "e256", b=8, h=8, t=512, e=256, p=64, causal=True),
     compiled(FP32, "e64", b=8, h=12, t=512, e=64, p=128, causal=True, quick=(80,)),
     compiled(FP32, "e128", b=8, h=12, t=512, e=128, p=200, mask=(8, 1, 1, 512), **LOADED),
     compiled(FP32, "e256", b=8, h=12, t=512, e=256, p=200, mask=(8, 1, 1, 512), **LOADED),
@@ -235,8 +235,6 @@ COMPILED = (
     compiled(FP16, "masked", b=8, h=12, t=512, e=64, p=200, mask=(8, 1, 1, 512), **LOADED),
     compiled(BF16, "bank", b=8, h=24, h_kv=8, t=768, e=128, p=200, g=3, ids=[0] * 8, lengths=[768] * 8,
              bias=(1, 24, 768, 768), parameters=FP32, **LOADED),
-    compiled(BF16, "wide-masked", b=8, h=8, t=512, e=256, p=200, mask=(8, 1, 1, 512), **LOADED),
-    compiled(BF16, "decode", b=8, h=32, h_kv=8, t=1, t_k=1024, e=128, p=64, causal=True),
     compiled(FP16, "odd", b=3, h=3, t=33, e=40, p=17, each=True, causal=True, aligned=False),
 )  # fmt: skip
 

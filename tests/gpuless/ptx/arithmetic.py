@@ -161,7 +161,9 @@ def decode_extreme(ins):
     kind, nan = m.kind("f32", *HALVES, *INTEGERS), m.flag("NaN")
     low = ins.name == "min"
     if kind in INTEGERS:
-        function = np.minimum if low else np.maximum
+        function = extreme = np.minimum if low else np.maximum
+        if kind == "s32" and m.flag("relu"):  # a negative result is 0
+            function = lambda a, b: np.maximum(extreme(a, b), np.int32(0))  # noqa: E731
     else:  # a number wins over NaN unless .NaN
         function = (np.minimum if low else np.maximum) if nan else (np.fmin if low else np.fmax)
         if m.flag("ftz"):

@@ -66,18 +66,28 @@ def same(planned, actual):
     return type(planned) is type(actual) and planned == actual
 
 
+def flattened(kinds, values):
+    """Name, kind and value of each argument, and of each item of a tuple."""
+    for name, kind in kinds.items():
+        if isinstance(kind, tuple):
+            items = [f"{name}[{i}]" for i in range(len(kind))]
+            yield from flattened(dict(zip(items, kind, strict=True)), dict(zip(items, values[name], strict=True)))
+        else:
+            yield name, kind, values.get(name)
+
+
 def prepared(planned, args):
     """The launch that was captured on meta tensors, on the tensors ``args``, and its buffers."""
     kernel, buffers = offline.compiled(planned), Buffers(Memory())
     values = dict(zip(planned.kernel.arg_names, args)) | planned.kwargs
     arguments = []
-    for name, kind in kernel.src.signature.items():
+    for name, kind, value in flattened(kernel.src.signature, values):
         if kind == "constexpr":  # also what the specialisation has folded in: None and 1
             continue
         if kind.startswith("*"):
-            arguments.append(struct.pack("<Q", buffers.address(values[name], name)))
+            arguments.append(struct.pack("<Q", buffers.address(value, name)))
         elif kind in SCALARS:
-            arguments.append(struct.pack("<" + SCALARS[kind], values[name]))
+            arguments.append(struct.pack("<" + SCALARS[kind], value))
         else:
             raise NotImplementedError(f"{planned.name}: argument {name} of type {kind}")
     grid, about = (*planned.grid, 1, 1)[:3], kernel.metadata
