@@ -31,7 +31,7 @@ void prefix_attention_keys(
   const int64_t slabs = Slab<T>::count(a.e);
   if (prefixed) {
     const int64_t blocks = g.prefixes * a.h_kv * divide_up(a.p, kSide) * slabs;
-    g.splits = split_count(blocks, (g.each ? 1 : a.b) * tiles, 4, device);  // whichever are wanted: it decides their bits
+    g.splits = split_count(blocks, (g.each ? 1 : a.b) * tiles, 1, device);  // whichever are wanted: it decides their bits
     g.prefix_blocks = blocks * g.splits * parts_of(o.prefix_k.data, o.prefix_v.data, a.e);
     auto planes = [&](const Array& out) {
       return out.data ? static_cast<float*>(device.allocate(g.splits * size * sizeof(float))) : nullptr;
