@@ -178,7 +178,8 @@ METHODS = {
 
 WITHOUT_ADAPTER = [name for name, method in METHODS.items() if not (method.attach or method.around)]
 OF_KRONECKER_PRODUCTS = [name for name, method in METHODS.items() if method.shared is _rule]
-OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"]  # the methods that peft has
+# The methods that peft has and accelerate makes faster.
+OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"] + ["prefix", "ptuning-2"]
 
 
 class Classifier(nn.Module):
@@ -238,20 +239,28 @@ def pair(encoder: nn.Module, method: str, modules, *, r: int = 48, seed: int = 0
     return {"fastadapt": ours, "plain": theirs}
 
 
-def pair_of_peft(encoder: nn.Module, method: str, accelerate: Callable, *, r: int, seed: int = 0) -> dict[str, Classifier]:
-    """The classifier on a model of ``peft`` with one of the LoRA methods, and a copy of it after ``accelerate``."""
+def lora_of_peft(encoder: nn.Module, r: int, **options) -> nn.Module:
+    """The model of ``peft`` with one of the LoRA methods in ``encoder``."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    options = dict(METHODS[method].attach.keywords)
     on, dora, dropout = options.get("on", QUERIES_AND_VALUES), options.get("dora", False), options.get("dropout", 0.0)
     targets = "all-linear" if on is None else list(on)
-    theirs = build(encoder, "head", seed=seed)
     config = LoraConfig(r=r, lora_alpha=16, lora_dropout=dropout, use_dora=dora, target_modules=targets)
-    theirs.encoder = get_peft_model(theirs.encoder, config)
-    for module in theirs.modules():
+    model = get_peft_model(encoder, config)
+    for module in model.modules():
         if isinstance(module, LoraLayer):
             module.train()  # for its dropout
+    return model
+
+
+def pair_of_peft(encoder: nn.Module, method: str, accelerate: Callable, *, r: int, seed: int = 0) -> dict[str, Classifier]:
+    """The classifier on a model of ``peft``, and a copy of it after ``accelerate``."""
+    theirs, around = build(encoder, "head", seed=seed), METHODS[method].around
+    if around is None:
+        theirs.encoder = lora_of_peft(theirs.encoder, r, **METHODS[method].attach.keywords)
+    else:
+        theirs.encoder = around(theirs.encoder, plain, r)
     ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters() if not p.requires_grad})
     accelerate(ours)
     return {"fastadapt": ours, "plain": theirs}

@@ -31,9 +31,10 @@ def test_the_demo_on_models_of_peft(method):
     models = adapt.pair_of_peft(encoder, method, fastadapt.accelerate, r=8, seed=1)
     shared = {p.data_ptr() for p in encoder.parameters()}
     for name, model in models.items():
-        layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-        assert len(layers) == (12 if method == "lora-all" else 4)
-        assert all((type(m) is peft.tuners.lora.Linear) == (name == "plain") for m in layers)
+        of_prefixes = adapt.METHODS[method].around
+        replaced = [m for m in model.modules() if isinstance(m, peft.PeftModel if of_prefixes else peft.tuners.lora.LoraLayer)]
+        assert len(replaced) == (1 if of_prefixes else 12 if method == "lora-all" else 4)
+        assert all(type(m).__module__.startswith("peft.") == (name == "plain") for m in replaced)
         assert all((p.data_ptr() in shared) != p.requires_grad for p in model.parameters())
     runs = {name: measure.Run(model, 1e-2, 10) for name, model in models.items()}
     measure.train(list(runs.values()), data.Tokens(words, WordTokenizer()).training(32, 10, 0))
