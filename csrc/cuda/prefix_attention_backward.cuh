@@ -188,8 +188,9 @@ __device__ __forceinline__ void weigh_pair(
         const int key = j * 8 + lane % 4 * 2 + i;
         float &w = s[j][half * 2 + i], &product = d[j][half * 2 + i], score = -INFINITY;
         if (key < seen) score = masked ? a.mask.add<T>(a.scale * w, mask, pair.key + key) : a.scale * w;
-        const bool sees = score != -INFINITY, stays = stay >> (j * 2 + i) & 1;
-        const float weight = sees ? factor * exp_fast(score - lse) : 0.f;
+        // A score can be -inf of itself, and a query whose sum is NaN has no other weights.
+        const bool sees = score != -INFINITY || (lse != lse && key < seen), stays = stay >> (j * 2 + i) & 1;
+        const float weight = sees || lse != lse ? factor * exp_fast(score - lse) : 0.f;
         if (a.dropout.threshold) product = stays ? a.dropout.scale * product : 0.f;
         product = sees ? weight * (product - less) : 0.f;
         w = stays ? weight : 0.f;
