@@ -9,7 +9,7 @@ from .contestants import backends, differentiated, enter, floats, parts, quiet
 from .floor import Rates
 from .machine import machine, software
 from .memory import peak_extra, saved_extra
-from .report import summarize
+from .report import by_direction, summarize
 from .timing import TIMERS, interleave
 
 DIRECTIONS = {"forward": False, "forward+backward": True}
@@ -75,11 +75,10 @@ class Bench:
         })  # fmt: skip
 
     def section(self, checked: bool, complete: bool) -> dict:
-        directions = dict.fromkeys(row["direction"] for row in self.rows)
         return {
             "op": self.op, "dtype": str(self.dtype)[6:], "timer": self.timer.name, "checked": checked, "complete": complete,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "threads": torch.get_num_threads(), "machine": machine(self.device), "software": software(),
             "notes": self.notes, "rows": self.rows,
-            "summary": {d: summarize([row for row in self.rows if row["direction"] == d]) for d in directions},
+            "summary": {direction: summarize(rows) for direction, rows in by_direction(self.rows).items()},
         }  # fmt: skip

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .peers import BY_HAND, PARTS, PEERS
+from .peers import BY_HAND, ONLY_COMPILED, PARTS, PEERS
 
 BACKENDS = ("native", "triton")
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are the timer's business
@@ -76,7 +76,7 @@ def enter(name: str, spec, arguments: dict, device: torch.device, compile_modes:
         }  # fmt: skip
     for backend in backends(spec, arguments, device):
         found[backend] = Contestant(partial(spec.op, **arguments, backend=backend), tensors)
-    return {**found, **plain}
+    return {**found, **{peer: contestant for peer, contestant in plain.items() if peer not in ONLY_COMPILED}}
 
 
 def parts(name: str, arguments: dict) -> dict[str, Contestant]:

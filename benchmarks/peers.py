@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fastadapt.ops.bottleneck import ACTIVATIONS
 
@@ -219,15 +221,85 @@ def kron_of_fastkron(arguments: dict) -> tuple | None:
     return call, {name: a[name] for name in ("x", "a", "s", "t")}
 
 
+def joined(prefix: Tensor, own: Tensor, heads: int) -> Tensor:
+    """What other libraries attend to: a copy of the prefix for each sequence, one of the own keys, and heads repeated."""
+    both = torch.cat([prefix.to(own.dtype).expand(len(own), -1, -1, -1), own], 2)
+    return both if both.shape[1] == heads else both.repeat_interleave(heads // both.shape[1], 1)
+
+
+MASKS: dict[tuple, Tensor] = {}  # the layers of a model share one: to make it is no part of what is measured
+
+
+def lower_right_mask(t: int, p: int, device: torch.device) -> Tensor:
+    if (t, p, device) not in MASKS:
+        MASKS[t, p, device] = torch.ones(t, p + t, dtype=torch.bool, device=device).tril(p)
+    return MASKS[t, p, device]
+
+
+def attention_by_hand(q, k, v, prefix_k, prefix_v, *, is_causal, scale):
+    """As in ``peft`` and ``adapters``: PyTorch's attention over the concatenation, with a mask for what is_causal can't say."""
+    keys, values = joined(prefix_k, k, q.shape[1]), joined(prefix_v, v, q.shape[1])
+    mask = lower_right_mask(q.shape[2], prefix_k.shape[1], q.device) if is_causal else None
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+
+
+def _tensors_of_attention(arguments: dict) -> dict[str, Tensor]:
+    return {name: arguments[name] for name in ("q", "k", "v", "prefix_k", "prefix_v")}
+
+
+def attention_of_lower_right(arguments: dict) -> tuple:
+    """The same with the mask that PyTorch has for a cache in front of the own keys."""
+    tensors = _tensors_of_attention(arguments)
+    q, k, v, prefix_k, prefix_v = tensors.values()
+    mask = causal_lower_right(q.shape[2], prefix_k.shape[1] + k.shape[2])
+
+    def call():
+        keys, values = joined(prefix_k, k, q.shape[1]), joined(prefix_v, v, q.shape[1])
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=arguments["scale"])
+
+    return call, tensors
+
+
+def attention_of_flex(arguments: dict) -> tuple | None:
+    """FlexAttention over the concatenation, whose kernels know grouped queries; on a CPU it has no backward pass."""
+    tensors = _tensors_of_attention(arguments)
+    q, k, v, prefix_k, prefix_v = tensors.values()
+    if q.is_cpu and q.requires_grad:
+        return None
+    p, heads = prefix_k.shape[1], k.shape[1]
+    sizes = {"Q_LEN": q.shape[2], "KV_LEN": p + k.shape[2], "device": q.device}
+    blocks = create_block_mask(lambda b, h, i, j: j <= i + p, None, None, **sizes)
+
+    def call():
+        keys, values = joined(prefix_k, k, heads), joined(prefix_v, v, heads)
+        return flex_attention(q, keys, values, block_mask=blocks, scale=arguments["scale"], enable_gqa=heads < q.shape[1])
+
+    return call, tensors
+
+
+def attention_without_prefix(arguments: dict) -> tuple | None:
+    """PyTorch's causal attention itself, where the prefix is empty."""
+    q, k, v, prefix_k, _ = _tensors_of_attention(arguments).values()
+    if prefix_k.shape[1]:
+        return None
+    options = {"is_causal": True, "scale": arguments["scale"], "enable_gqa": k.shape[1] < q.shape[1]}
+    return lambda: F.scaled_dot_product_attention(q, k, v, **options), {"q": q, "k": k, "v": v}
+
+
 # How users write an op in plain PyTorch, for the benchmark's arguments; an op that isn't here uses its reference.
 BY_HAND: dict[str, Callable] = {
     "bottleneck": bottleneck_by_hand, "lora_linear": lora_by_hand, "compacter": compacter_by_hand, "kron_linear": kron_by_hand,
+    "prefix_attention": attention_by_hand,
 }  # fmt: skip
 PEERS: dict[str, dict[str, Peer]] = {
     "bottleneck": {"adapters": bottleneck_of_adapters},
     "lora_linear": {"peft": layer_of_peft, "peft adapter_names": bank_of_peft, "loop over adapters": loop_over_adapters},
     "compacter": {"adapters": compacter_of_adapters},
     "kron_linear": {"peft": lokr_of_peft, "pyfastkron": kron_of_fastkron},
-}
+    "prefix_attention": {
+        "causal_lower_right": attention_of_lower_right, "FlexAttention": attention_of_flex, "SDPA": attention_without_prefix,
+    },
+}  # fmt: skip
+ONLY_COMPILED = ("FlexAttention",)  # peers that aren't meant to run otherwise
 # What is left of an op without its adapter: like a peer, with another output. The time over it is what the adapter costs.
 PARTS: dict[str, dict[str, Peer]] = {"lora_linear": {"frozen layer": frozen_layer}}

@@ -49,6 +49,29 @@ def groups(rows: list[dict], prefix: str) -> dict[str, list[dict]]:
     return found
 
 
+def by_direction(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of forward and of steps, and of backward alone where both were measured: what a step takes beyond forward.
+
+    A case of which anything takes less than nothing, short calls on a busy machine, has no row of backward.
+    """
+    found = {}
+    for row in rows:
+        found.setdefault(row["direction"], []).append(row)
+    steps = {row["case"]: row for row in found.get("forward+backward", [])}
+    pairs = [(steps[row["case"]], row) for row in found.get("forward", []) if row["case"] in steps]
+    backward = [
+        {**step, "direction": "backward", **{name: _beyond(step[name], forward[name]) for name in ("times", "parts")},
+         "floor_us": round(step["floor_us"] - forward["floor_us"], 3)} for step, forward in pairs
+    ]  # fmt: skip
+    times = lambda row: (row["floor_us"], *(t["us"] for kind in ("times", "parts") for t in row[kind].values()))  # noqa: E731
+    backward = [row for row in backward if min(times(row)) > 0]
+    return {**found, "backward": backward} if backward else found
+
+
+def _beyond(step: dict, forward: dict) -> dict:
+    return {name: {"us": round(step[name]["us"] - forward[name]["us"], 3)} for name in step if name in forward}
+
+
 def _columns(rows: list[dict]) -> tuple[list[str], list[str]]:
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
     return [n for n in names if n not in OURS], [n for n in names if n in OURS]
@@ -87,7 +110,8 @@ def print_table(rows: list[dict]) -> None:
 
 
 def summarize(rows: list[dict]) -> dict:
-    """For each kernel: means and lowest ratios over the rows that have both, and the rows that lose to any other."""
+    """For each kernel: means and lowest ratios over the rows that have both, likewise to the fastest of the others in each row,
+    and the rows that lose to it."""
     others, ours = _columns(rows)
     parts = list(dict.fromkeys(name for row in rows for name in row["parts"]))
     summary = {}
@@ -105,11 +129,14 @@ def summarize(rows: list[dict]) -> dict:
             highest = max(over, key=over.get)
             mean = geometric_mean(1 + value for value in over.values()) - 1
             costs[part] = {"geometric_mean": round(mean, 3), "highest": round(over[highest], 3), "case": highest}
+        best = {row["case"]: against_best(row, name) for row in mine}
         summary[name] = {
-            "geometric_mean_over": means, "lowest_over": lowest, "share_of_memory": shares, "over_parts": costs,
+            "geometric_mean_over": means, "lowest_over": lowest,
+            "over_fastest": {"geometric_mean": round(geometric_mean(best.values()), 3), "lowest": round(min(best.values()), 3)},
+            "share_of_memory": shares, "over_parts": costs,
             "geometric_mean_of_floor": round(geometric_mean(row["floor_us"] / row["times"][name]["us"] for row in mine), 3),
             "rows": len(mine),
-            "below": {row["case"]: round(v, 3) for row in mine if (v := against_best(row, name)) < BARRIER},
+            "below": {case: round(value, 3) for case, value in best.items() if value < BARRIER},
         }  # fmt: skip
     return summary
 
@@ -125,7 +152,8 @@ def print_summary(summary: dict) -> None:
             print(f"  over the {part} alone: {mean} (geometric mean), at most {highest} ({cost['case']})")
         print(f"  memory: {', '.join(f'{share:.2f} of {other}' for other, share in shares.items() if share is not None)}")
         below = ", ".join(f"{case} {value:.2f}" for case, value in found["below"].items())
-        print(f"  below {BARRIER} of the fastest of the others: {below or 'none'}")
+        mean, lowest = found["over_fastest"]["geometric_mean"], found["over_fastest"]["lowest"]
+        print(f"  over the fastest of the others: {mean:.2f} (lowest {lowest:.2f}); below {BARRIER}: {below or 'none'}")
 
 
 def write_json(path: Path, sections: dict) -> None:
@@ -158,8 +186,8 @@ def plot(path: Path, sections: dict) -> None:
     import matplotlib.pyplot as plt
 
     panels = [
-        (f"{title}, {direction}", [row for row in section["rows"] if row["direction"] == direction])
-        for title, section in sections.items() for direction in section["summary"]
+        (f"{title}, {direction}", rows)
+        for title, section in sections.items() for direction, rows in by_direction(section["rows"]).items()
     ]  # fmt: skip
     width = max(6.0, 0.2 * max(len(rows) for _, rows in panels))
     figure, axes = plt.subplots(len(panels), 1, figsize=(width, 3.6 * len(panels)), squeeze=False, layout="constrained")

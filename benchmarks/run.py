@@ -15,7 +15,7 @@ from tests.specs import SPECS
 
 from .bench import DIRECTIONS, Bench
 from .machine import cores, machine, machine_name, software
-from .report import groups, plot, print_summary, print_table, summarize, write_json
+from .report import by_direction, groups, plot, print_summary, print_table, summarize, write_json
 from .timing import TIMERS
 
 ROOT = Path(__file__).parent.parent
@@ -112,11 +112,10 @@ def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, ch
         complete = False
     section = bench.section(checked, complete)
     how = timer + ("" if args.device.type == "cuda" else f", {section['threads']} threads")
-    for direction, summary in section["summary"].items():
-        rows = [row for row in bench.rows if row["direction"] == direction]
+    for direction, rows in by_direction(bench.rows).items():
         print(f"\n{op}, {section['dtype']}, {direction} ({how}); medians in µs, ratios above 1 are speed-ups")
         print_table(rows)
-        print_summary(summary)
+        print_summary(section["summary"][direction])
         for part, group in groups(rows, args.by).items() if args.by else ():
             print(f"{part} alone:")
             print_summary(summarize(group))

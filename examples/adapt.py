@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import fastadapt
+
 from . import plain
 
 
@@ -20,6 +22,7 @@ class Method(NamedTuple):
     rank: str = "rank"  # the option that sets it
     random: bool = False  # two runs draw different masks
     shared: Callable[[], dict] = dict  # makes what all layers of a model share
+    around: Callable[..., nn.Module] | None = None  # (encoder, adapter modules, length) -> what runs it
 
 
 # The encoder's own activation. It is smooth: where ReLU's kink lies between two roundings, two runs soon drift apart.
@@ -85,6 +88,67 @@ def _method_of_lora(title: str, lr: float, random: bool = False, **options) -> M
     return Method(title, lr, partial(_lora, **options), "lora_rank", random)
 
 
+HIDDEN = 64  # of the MLP that prefixes come from
+
+
+class PrefixedAttention(nn.Module):
+    """BERT's self-attention with a prefix in front of its keys and values; sentences are padded on the right."""
+
+    def __init__(self, of_bert: nn.Module):
+        super().__init__()
+        self.query, self.key, self.value, self.h = of_bert.query, of_bert.key, of_bert.value, of_bert.num_attention_heads
+        self.prefix = self.lengths = self.backend = None
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        heads = (linear(hidden).unflatten(-1, (self.h, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value))
+        options = {"key_lengths": self.lengths, "backend": self.backend}
+        y = fastadapt.prefix_attention(*heads, self.prefix.key, self.prefix.value, **options)
+        return y.transpose(1, 2).flatten(2), None
+
+
+class Prefixed(nn.Module):
+    """An encoder with a prefix for each layer: one module puts them out, once for all layers and sentences."""
+
+    def __init__(self, encoder: nn.Module, prefixes: nn.Module):
+        super().__init__()
+        self.encoder, self.prefixes = encoder, prefixes
+        for layer in encoder.encoder.layer:
+            layer.attention.self = PrefixedAttention(layer.attention.self)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+        lengths = attention_mask.sum(1)
+        for layer, prefix in zip(self.encoder.encoder.layer, self.prefixes()):
+            layer.attention.self.prefix, layer.attention.self.lengths = prefix, lengths
+        positions = torch.arange(self.prefixes.p, self.prefixes.p + input_ids.shape[1], device=input_ids.device)
+        seen = torch.ones_like(attention_mask)  # all that the encoder knows of; the layers know the lengths
+        return self.encoder(input_ids=input_ids, attention_mask=seen, position_ids=positions[None])
+
+
+def _prefixes(encoder: nn.Module, modules, p: int, **options) -> nn.Module:
+    if modules is plain:
+        return plain.prefix_tuning(encoder, p, options.get("hidden"))
+    h, layers = encoder.config.num_attention_heads, encoder.config.num_hidden_layers
+    return Prefixed(encoder, modules.PrefixEncoder(h, p, encoder.config.hidden_size // h, layers, **options))
+
+
+class Prompted(nn.Module):
+    """An encoder whose embedded sentences have a learned prompt in front."""
+
+    def __init__(self, encoder: nn.Module, prompt: nn.Module, inputs: Callable[..., dict[str, Tensor]]):
+        super().__init__()
+        self.encoder, self.prompt, self.inputs = encoder, prompt, inputs
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+        embedded = self.prompt(self.encoder.get_input_embeddings()(input_ids))
+        return self.encoder(inputs_embeds=embedded, **self.inputs(self.prompt.p, attention_mask=attention_mask))
+
+
+def _prompt(encoder: nn.Module, modules, p: int) -> nn.Module:
+    if modules is plain:
+        return plain.prompt_tuning(encoder, p)
+    return Prompted(encoder, modules.PromptEmbedding.from_vocabulary(encoder.get_input_embeddings(), p), modules.prompt_inputs)
+
+
 METHODS = {
     "full": Method("full fine-tuning", 1e-4),
     "head": Method("head only", 2e-2),
@@ -100,9 +164,19 @@ METHODS = {
     "lora-drop": _method_of_lora("LoRA on queries and values, dropout 0.1", 3e-3, random=True, dropout=0.1),
     "dora": _method_of_lora("DoRA on queries and values (Liu et al. 2024)", 3e-3, dora=True),
     "lora-all": _method_of_lora("LoRA on all linear layers", 1e-3, on=None),
-}
+    "prefix": Method(
+        "prefix tuning: keys and values of every layer from an MLP (Li and Liang 2021)", 5e-3, None, "prefix_length",
+        around=partial(_prefixes, hidden=HIDDEN),
+    ),
+    "ptuning-2": Method(
+        "P-tuning v2: the same as parameters (Liu et al. 2022)", 3e-2, None, "prefix_length",
+        around=partial(_prefixes, init_std=0.3),
+    ),
+    "prompt": Method("prompt tuning: a prompt of vectors (Lester et al. 2021)", 1e-1, None, "prefix_length", around=_prompt),
+}  # fmt: skip
 
 
+WITHOUT_ADAPTER = [name for name, method in METHODS.items() if not (method.attach or method.around)]
 OF_KRONECKER_PRODUCTS = [name for name, method in METHODS.items() if method.shared is _rule]
 OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"]  # the methods that peft has
 
@@ -117,6 +191,7 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = hidden[:, hidden.shape[1] - attention_mask.shape[1] :]  # a prompt's own are left out
         weight = attention_mask[..., None].to(hidden.dtype)
         return self.head((hidden * weight).sum(1) / weight.sum(1))
 
@@ -145,16 +220,21 @@ def build(encoder: nn.Module, method: str, modules=plain, *, r: int = 48, seed: 
         shared = METHODS[method].shared()
         for layer in encoder.encoder.layer:
             attach(layer, modules, r, **shared)
+    if around := METHODS[method].around:
+        model.encoder = around(encoder, modules, r)
     return model
 
 
 def pair(encoder: nn.Module, method: str, modules, *, r: int = 48, seed: int = 0) -> dict[str, Classifier]:
     """The classifier with ``modules`` and with those of ``plain`` of the same weights; one where there is no adapter."""
     ours = build(encoder, method, modules, r=r, seed=seed)
-    if METHODS[method].attach is None:
+    if method in WITHOUT_ADAPTER:
         return {"plain": ours}
     theirs = build(encoder, method, plain, r=r, seed=seed)
-    theirs.load_state_dict(plain.translated(ours.state_dict()))
+    if METHODS[method].around:
+        plain.load_prompt(theirs.encoder, ours.encoder)
+    else:
+        theirs.load_state_dict(plain.translated(ours.state_dict()))
     return {"fastadapt": ours, "plain": theirs}
 
 

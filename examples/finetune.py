@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained encoder on sentiment, with fastadapt and with plain PyTorch adapters or peft's LoRA, and compare.
+"""Fine-tune a pretrained encoder on sentiment, with fastadapt and with plain PyTorch adapters or peft, and compare.
 
 The encoder is all-MiniLM-L6-v2, the sentences are snippets of film reviews, tweets, product reviews or editorials rated by
 people. Both come from the Python package index on the first run and are kept in .cache/. Every adapter method is trained
@@ -22,7 +22,7 @@ import fastadapt
 import fastadapt.nn
 from examples import adapt, data, fetch, measure, report
 
-OURS = fastadapt.nn.BottleneckAdapter | fastadapt.nn.CompacterAdapter | fastadapt.nn.LoRALinear
+OURS = fastadapt.nn.BottleneckAdapter | fastadapt.nn.CompacterAdapter | fastadapt.nn.LoRALinear | adapt.PrefixedAttention
 # Of the losses of a method's two runs: equal but for rounding; with other masks, means of ten steps.
 TOLERANCE, TOLERANCE_OF_CURVES = 1e-3, 5e-2
 
@@ -43,10 +43,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--methods", nargs="+", choices=adapt.METHODS, metavar="METHOD", help="default: all; with --peft those of LoRA")
     option("--peft", action="store_true", help="compare a model of peft with the same model accelerated in place")
     option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
-    option("--steps", type=positive, default=32, help="training steps a run (default: %(default)s)")
+    option("--steps", type=positive, default=20, help="training steps a run (default: %(default)s)")
     option("--batch-size", type=positive, default=32, help="sentences a step (default: %(default)s)")
     option("--rank", type=positive, default=48, help="width of the bottleneck; the model's is 384 (default: %(default)s)")
     option("--lora-rank", type=positive, default=16, help="rank of LoRA (default: %(default)s)")
+    option("--prefix-length", type=positive, default=16, help="of prefixes and prompts (default: %(default)s)")
     option("--seed", type=int, default=0, help="of new weights and of the batches' order (default: %(default)s)")
     option("--backend", choices=("native", "triton", "reference"), help="default: the best that supports the call")
     option("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
@@ -107,7 +108,9 @@ def kernels(encoder, args: argparse.Namespace) -> str:
     rule, s, t = (torch.empty(n, *shape, device=args.device) for shape in ((n, n), (d // n, 1), (1, r)))
     factors = (rule, s, t), (rule, t.mT, s.mT)
     calls = ((fastadapt.bottleneck, x, down, down.T), (fastadapt.compacter, x, *factors))
-    calls += ((fastadapt.lora_linear, x, square, None, a, a.T),)
+    h = encoder.config.num_attention_heads
+    q, prefix = (torch.empty(*shape, d // h, device=args.device) for shape in ((1, h, 1), (h, args.prefix_length)))
+    calls += ((fastadapt.lora_linear, x, square, None, a, a.T), (fastadapt.prefix_attention, q, q, q, prefix, prefix))
     return "\n".join(fastadapt.explain(*call, backend=args.backend) for call in calls)
 
 
@@ -127,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     batches = tokens.training(args.batch_size, args.steps, args.seed)
     test = list(data.Tokens(test, tokenizer, args.device).in_order(64))
     title = f"all-MiniLM-L6-v2 on {args.domain}: {args.steps} steps of {args.batch_size} sentences, float32, "
-    title += f"rank {args.lora_rank}, models of peft" if args.peft else f"rank {args.rank}, {args.lora_rank} for LoRA"
+    sizes = f"rank {args.rank}, {args.lora_rank} for LoRA, prefixes of {args.prefix_length}"
+    title += f"rank {args.lora_rank}, models of peft" if args.peft else sizes
     place = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     print(f"{title}, {place}; {len(tokens)} sentences to train on, {sum(len(b.labels) for b in test)} to test\n")
     print(report.HEADER)

@@ -1,5 +1,5 @@
-"""What ``fastadapt.nn`` is compared with: bottlenecks and Compacter as plain PyTorch modules, op by op, and the LoRA layers of
-``peft``.
+"""What ``fastadapt.nn`` is compared with: bottlenecks and Compacter as plain PyTorch modules, op by op, and the LoRA layers,
+prefixes and prompts of ``peft``.
 
 The plain modules' attributes have the names of ``fastadapt.nn``, so that a ``state_dict`` of one loads into the other.
 """
@@ -81,6 +81,37 @@ def LoRALinear(base: nn.Linear, r: int, *, alpha: float = 16, dropout: float = 0
 
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=["layer"])
     return get_peft_model(nn.ModuleDict({"layer": base}), config).base_model.model["layer"]
+
+
+def prefix_tuning(encoder: nn.Module, p: int, hidden: int | None) -> nn.Module:
+    """The model of ``peft`` around ``encoder``: prefixes are a cache in front of each layer's keys, copied for the batch."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = PrefixTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=p, prefix_projection=hidden is not None, encoder_hidden_size=hidden
+    )
+    return get_peft_model(encoder, config).eval()
+
+
+def prompt_tuning(encoder: nn.Module, p: int) -> nn.Module:
+    """The model of ``peft`` around ``encoder``."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(encoder, PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=p)).eval()
+
+
+def load_prompt(theirs: nn.Module, ours: nn.Module) -> None:
+    """Give the model of ``peft`` the prefixes or the prompt of an encoder of the demo."""
+    if prefixes := getattr(ours, "prefixes", None):
+        state = prefixes.state_dict()
+        names = {"hidden.": "transform.0.", "output.": "transform.2."}
+        if "prefix" in state:  # (layers, 2, h, p, e)
+            state = {"embedding.weight": state["prefix"].permute(3, 0, 1, 2, 4).flatten(1)}
+        for name, of_peft in names.items():
+            state = {key.replace(name, of_peft): value for key, value in state.items()}
+    else:
+        state = {"embedding.weight": ours.prompt.weight}
+    theirs.prompt_encoder["default"].load_state_dict(state)
 
 
 NAMES_OF_PEFT = {

@@ -11,7 +11,8 @@ HEADER = (
     f"{'fastadapt':>12}{'plain':>8}{'fastadapt':>12}{'plain':>8}{'speed-up':>11}"
 )
 LEGEND = """\
-plain       the same method as plain PyTorch modules, LoRA and DoRA as layers of peft; with --peft the model of peft itself
+plain       the same method as plain PyTorch modules; LoRA, DoRA, prefixes and prompts of peft; with --peft all of a model
+            of peft
 loss diff.  largest difference between the losses of the two runs at any step, on the same batches from the same weights;
             with dropout, where the masks differ, between means of ten steps
 ms a step   median of forward, backward and AdamW; the two runs take turns on every batch
@@ -67,7 +68,7 @@ def plot(rows: Iterable[Row], path: Path, title: str) -> None:
         axis.set_xticks(places, [row.method for row in rows], rotation=30)
         axis.set_title(name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
-    for row, marker in zip(rows, "ovs^DX*Ph<>d", strict=False):
+    for row, marker in zip(rows, "ovs^DX*Ph<>d8p+", strict=False):
         axes[2].plot(row.trainable, 100 * row.accuracy, marker, label=row.method, markersize=8)
     axes[2].legend()
     axes[2].set_xscale("log")

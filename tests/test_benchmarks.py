@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from benchmarks import report, run
 from benchmarks.agreement import Judge, disagreement
-from benchmarks.contestants import Contestant, backends, differentiated, quiet
+from benchmarks.contestants import Contestant, backends, differentiated, enter, quiet
 from benchmarks.memory import saved_extra
 from benchmarks.peers import lora_by_hand
 
-from .specs import SPECS, bottleneck, compacter, kron_linear, lora_linear
+from .specs import SPECS, bottleneck, compacter, kron_linear, lora_linear, prefix_attention
 
 CPU = torch.device("cpu")
 OPTIONS = ["--compile", "none", "--seconds", "0.01", "--device", "cpu", "--threads", str(torch.get_num_threads())]
@@ -52,8 +52,8 @@ def test_a_random_call_with_frozen_arguments(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert run.main(["lora_linear", *OPTIONS, "--no-check", "--out", str(out), "--by", "p"]) == 0
     printed = capsys.readouterr().out
-    assert "% over frozen layer" in printed and printed.count("p0.1 alone:") == 2
     (section,) = json.loads(out.read_text()).values()
+    assert "% over frozen layer" in printed and printed.count("p0.1 alone:") == len(section["summary"])
     forward, step = section["rows"]
     assert section["notes"] == [] and all({"eager", "peft"} < row["times"].keys() for row in (forward, step))
     assert list(forward["parts"]) == list(step["parts"]) == ["frozen layer"]
@@ -80,6 +80,19 @@ def test_modules_of_libraries_agree(tmp_path, monkeypatch, op):
     for section in json.loads(out.read_text()).values():
         assert section["notes"] == [] and len(section["rows"]) == 2
         assert all({"eager", library} <= row["times"].keys() for row in section["rows"])
+
+
+@pytest.mark.parametrize(("p", "peers"), [(4, {"causal_lower_right"}), (0, {"causal_lower_right", "SDPA"})])
+def test_attention_over_concatenated_keys_agrees(tmp_path, monkeypatch, p, peers):
+    """With grouped queries; FlexAttention enters compiled or not at all."""
+    case = prefix_attention.bench(2, 4, 16, 16, p, h_kv=2)
+    monkeypatch.setattr(run, "SPECS", {"prefix_attention": replace(SPECS["prefix_attention"], bench=(case,))})
+    out = tmp_path / "out.json"
+    assert run.main(["prefix_attention", *OPTIONS, "--no-check", "--out", str(out)]) == 0
+    (section,) = json.loads(out.read_text()).values()
+    assert section["notes"] == [] and all({"eager", *peers} == row["times"].keys() - {"native"} for row in section["rows"])
+    entered = enter("prefix_attention", SPECS["prefix_attention"], case.make(torch.float32, "cpu"), CPU, ["default"])
+    assert "compiled FlexAttention" in entered and "FlexAttention" not in entered
 
 
 def test_sections_of_other_runs_are_kept(tmp_path):
@@ -151,6 +164,21 @@ def test_saved_memory_counts_each_once_and_not_what_is_held():
     assert saved_extra(call, [x, weight]) == 2 * 8 * 32 * 4
 
 
+def test_backward_is_what_a_step_takes_beyond_forward():
+    def row(case, direction, floor, **times):
+        times = {who: {"us": us} for who, us in times.items()}
+        return {"case": case, "direction": direction, "floor_us": floor, "times": times, "parts": {}}
+
+    rows = [row("a", "forward", 1.0, eager=3.0, native=2.0, flex=2.0), row("a", "forward+backward", 3.0, eager=9.0, native=4.5)]
+    noisy = [row("b", "forward", 1.0, eager=3.0, native=2.0), row("b", "forward+backward", 3.0, eager=9.0, native=1.5)]
+    found = report.by_direction([*rows, *noisy])
+    assert found == {
+        "forward": [rows[0], noisy[0]], "forward+backward": [rows[1], noisy[1]],
+        "backward": [row("a", "backward", 2.0, eager=6.0, native=2.5)],
+    }  # fmt: skip
+    assert report.by_direction(rows[:1]) == {"forward": rows[:1]}
+
+
 def test_summary():
     times = [{"eager": 4.0, "compiled": 1.0, "native": 2.0}, {"eager": 8.0, "compiled": 4.0, "native": 1.0}]
     rows = [
@@ -162,6 +190,7 @@ def test_summary():
     assert report.summarize(rows) == {
         "native": {
             "geometric_mean_over": {"eager": 4.0, "compiled": 1.414}, "lowest_over": {"eager": 2.0, "compiled": 0.5},
+            "over_fastest": {"geometric_mean": 1.414, "lowest": 0.5},
             "share_of_memory": {"eager": 0.333, "compiled": 0.5},
             "over_parts": {"layer": {"geometric_mean": 0.768, "highest": 1.5, "case": "m0-r8"}},
             "geometric_mean_of_floor": 0.707, "rows": 2, "below": {"m0-r8": 0.5},

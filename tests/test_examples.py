@@ -21,8 +21,8 @@ from examples import adapt, data, fetch, finetune, measure, plain, report  # noq
 from .accuracy import assert_within_reference_error  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTERS = [name for name, method in adapt.METHODS.items() if method.attach]
-OURS = finetune.OURS
+ADAPTERS = [name for name in adapt.METHODS if name not in adapt.WITHOUT_ADAPTER]
+OURS = finetune.OURS | fastadapt.nn.PromptEmbedding
 
 
 class WordTokenizer:
@@ -108,7 +108,8 @@ def test_both_runs_agree_and_learn(encoder, corpus, method):
     models = adapt.pair(encoder, method, fastadapt.nn, r=8, seed=1)
     assert any(isinstance(module, OURS) for module in models["fastadapt"].modules())
     assert not any(isinstance(module, OURS) for module in models["plain"].modules())
-    runs = {name: measure.Run(model, 1e-2, 10) for name, model in models.items()}
+    lr = 3e-2 if adapt.METHODS[method].around else 1e-2
+    runs = {name: measure.Run(model, lr, 10) for name, model in models.items()}
     measure.train(list(runs.values()), tokens.training(32, 10, 0))
     ours, theirs = runs["fastadapt"], runs["plain"]
     assert ours.losses[0] == pytest.approx(theirs.losses[0], abs=1e-6)
@@ -169,6 +170,9 @@ def test_the_plain_compacter_is_the_same_function():
         ("lora-drop", 6 * 2 * 48 * 2 * 384),
         ("dora", 6 * 2 * (48 * 2 * 384 + 384)),
         ("lora-all", 6 * 48 * (4 * 2 * 384 + 2 * (384 + 1))),
+        ("prefix", 48 * 384 + (384 + 1) * 64 + (64 + 1) * 12 * 384),
+        ("ptuning-2", 48 * 12 * 384),
+        ("prompt", 48 * 384),
     ],
 )  # fmt: skip
 def test_trainable_parameters(method, parameters):
@@ -286,7 +290,7 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     picture = tmp_path / "out" / "table.png"
     threads = torch.get_num_threads()
     options = ["--steps", "3", "--batch-size", "8", "--rank", "4", "--lora-rank", "3", "--threads", str(threads)]
-    options += ["--backend", "reference"]
+    options += ["--prefix-length", "5", "--backend", "reference"]
     assert finetune.main([*options, "--device", "cpu", "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.split() and line.split()[0] in adapt.METHODS}
@@ -294,7 +298,7 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     assert rows["full"][4] == rows["head"][-1] == "-"
     allowed = {name: 5e-2 if adapt.METHODS[name].random else 1e-3 for name in ADAPTERS}
     assert all(float(rows[name][4]) <= allowed[name] and float(rows[name][-1]) > 0 for name in ADAPTERS)
-    assert printed.count("reference") == 3 and picture.read_bytes().startswith(b"\x89PNG")
+    assert printed.count("reference") == 4 and picture.read_bytes().startswith(b"\x89PNG")
     # Methods of one name, one row.
     assert finetune.main([*options, "--device", "cpu", "--methods", "head", "head"]) == 0
     assert len(re.findall("^head ", capsys.readouterr().out, re.MULTILINE)) == 1

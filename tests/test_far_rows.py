@@ -20,15 +20,15 @@ DTYPE = torch.bfloat16
 
 
 class Far(torch.autograd.Function):
-    """A copy whose rows are ``STRIDE`` elements apart."""
+    """A copy whose rows, or what else the first dim counts, are ``STRIDE`` elements apart."""
 
     @staticmethod
     def forward(ctx, t):
-        size = (STRIDE * len(t) + t.shape[-1]) * t.element_size()
+        size = (STRIDE * (len(t) - 1) + t[0].numel()) * t.element_size()
         with tempfile.TemporaryFile() as file:
             file.truncate(size)  # a hole
             memory = mmap.mmap(file.fileno(), size)
-        return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, (STRIDE, 1)).copy_(t)
+        return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, (STRIDE, *t[0].contiguous().stride())).copy_(t)
 
     @staticmethod
     def backward(ctx, grad):

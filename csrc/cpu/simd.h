@@ -130,18 +130,36 @@ FA_INLINE void store_some(T* p, Vec<C> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
+// Combines the upper half of the lanes with the lower one, then of these again, until one is left.
+template <class C, int HALF, class F, int... J>
+FA_INLINE C fold(Vec<C> v, const F& combine, std::integer_sequence<int, J...> lane) {
+  const Vec<C> upper = __builtin_shufflevector(v, v, (J + HALF) % lanes<C>...);
+  v = combine(v, upper);
+  if constexpr (HALF == 1)
+    return v[0];
+  else
+    return fold<C, HALF / 2>(v, combine, lane);
+}
+
+template <class C, class F>
+FA_INLINE C fold(Vec<C> v, const F& combine) {
+  return fold<C, lanes<C> / 2>(v, combine, std::make_integer_sequence<int, lanes<C>>{});
+}
+
 template <class C>
 FA_INLINE C sum(Vec<C> v) {
-  C total = 0;
-  for (int half = lanes<C> / 2; half; half /= 2) {
-    C buffer[lanes<C>];
-    memcpy(buffer, &v, sizeof v);
-    Vec<C> other = {};
-    memcpy(&other, buffer + half, half * sizeof(C));
-    v += other;
-  }
-  total = v[0];
-  return total;
+  return fold<C>(v, [](Vec<C> a, Vec<C> b) FA_FORCED { return a + b; });
+}
+
+// The larger of two elements each; the second where one is a NaN.
+template <class C>
+FA_INLINE Vec<C> maximum(Vec<C> a, Vec<C> b) {
+  return a > b ? a : b;
+}
+
+template <class C>
+FA_INLINE C largest(Vec<C> v) {
+  return fold<C>(v, [](Vec<C> a, Vec<C> b) FA_FORCED { return maximum<C>(a, b); });
 }
 
 // exp, tanh and erf of float32 within 2 ulp; of float64 by the library, lane by lane.

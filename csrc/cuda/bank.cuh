@@ -11,13 +11,7 @@ struct Ids {
 
   __device__ __forceinline__ int adapter(int64_t row) const {
     if (!rows.data) return 0;
-    const char* p = static_cast<const char*>(rows.data) + rows.offset(row) * bytes;
-    int64_t id = 0;
-    if (bytes == 8) id = *reinterpret_cast<const int64_t*>(p);
-    else if (bytes == 4) id = *reinterpret_cast<const int32_t*>(p);
-    else if (bytes == 2) id = *reinterpret_cast<const int16_t*>(p);
-    else if (is_signed) id = *reinterpret_cast<const signed char*>(p);
-    else id = *reinterpret_cast<const unsigned char*>(p);
+    const int64_t id = integer_at(rows.data, rows.offset(row), bytes, is_signed);
     return id == -1 ? g : id >= 0 && id < g ? static_cast<int>(id) : g + 1;
   }
 };

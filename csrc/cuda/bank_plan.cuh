@@ -15,7 +15,7 @@ inline bool as_ids(Ids& ids, const Array& array, const Array& x, int g) {
   for (int i = 0; i < x.dims - 1; i++) stride[i] = i < array.dims ? array.stride[i] : 0;
   if (!join_dims(ids.rows, x.dims - 1, x.size, stride)) return false;
   ids.rows.data = array.data;
-  ids.bytes = array.kind == Kind::int64 ? 8 : array.kind == Kind::int32 ? 4 : array.kind == Kind::int16 ? 2 : 1;
+  ids.bytes = integer_bytes(array.kind);
   ids.is_signed = array.kind != Kind::uint8;
   return true;
 }

@@ -17,6 +17,7 @@ using Optional = std::optional<Tensor>;
 struct Checker {
   const char* op;
   const Tensor& x;
+  const char* x_name = "x";
 
   Array array(const Tensor& t, const char* name) const {
     return Array{t.data_ptr(), kind(t.scalar_type(), name), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
@@ -35,14 +36,14 @@ struct Checker {
     }
   }
   void activation() const {
-    FA_CHECK(x.is_cuda(), op, ": x must be on a CUDA device");
+    FA_CHECK(x.is_cuda(), op, ": ", x_name, " must be on a CUDA device");
     const ScalarType type = x.scalar_type();
     FA_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op,
-        ": x must be float16, bfloat16 or float32 on CUDA, got ", torch::headeronly::toString(type));
-    FA_CHECK(x.dim() >= 1, op, ": x must have at least one dim, got a 0-d tensor");
+        ": ", x_name, " must be float16, bfloat16 or float32 on CUDA, got ", torch::headeronly::toString(type));
+    FA_CHECK(x.dim() >= 1, op, ": ", x_name, " must have at least one dim, got a 0-d tensor");
   }
   void device(const Tensor& t, const char* name) const {
-    FA_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, ": ", name, " must be on the device of x");
+    FA_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, ": ", name, " must be on the device of ", x_name);
   }
   void shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) const {
     bool same = t.dim() == static_cast<int64_t>(sizes.size());
@@ -64,7 +65,7 @@ struct Checker {
     device(*t, name);
     shape(*t, name, sizes);
     FA_CHECK(t->scalar_type() == x.scalar_type() || t->scalar_type() == ScalarType::Float, op, ": ", name,
-        " must have the dtype of x or float32");
+        " must have the dtype of ", x_name, " or float32");
     return array(*t, name);
   }
   // The adapters of the rows of a bank of `g`; absent if t is.
@@ -79,6 +80,15 @@ struct Checker {
     for (int64_t i = 0; i < t->dim(); i++)
       FA_CHECK(t->size(i) == x.size(i), op, ": adapter_ids must match the leading dims of x");
     return ids;
+  }
+  // Where the seed of dropout lies; nullptr without one.
+  const int64_t* seed(const Optional& t, double p) const {
+    FA_CHECK(p >= 0 && p < 1, op, ": dropout_p must lie in [0, 1), got ", p);
+    FA_CHECK(p == 0 || t, op, ": dropout needs a seed");
+    if (!t) return nullptr;
+    device(*t, "seed");
+    FA_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == 1, op, ": seed must be one int64");
+    return static_cast<const int64_t*>(t->data_ptr());
   }
   // Fresh gradients like the inputs where they are wanted, of shape (0,) elsewhere; `arrays` gets those that have elements.
   template <size_t N>

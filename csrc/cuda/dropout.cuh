@@ -63,7 +63,6 @@ __device__ __forceinline__ void drop_tile(
 template <int MI, int NI>
 __device__ __forceinline__ void drop_accumulators(
     float (&acc)[MI][NI][4], const Dropout& dropout, const int64_t* rows, int64_t column0) {
-  static_assert(NI % 4 == 0);
   const int lane = threadIdx.x % 32, own = lane % 4;
 #pragma unroll
   for (int i = 0; i < MI; i++)
@@ -73,7 +72,7 @@ __device__ __forceinline__ void drop_accumulators(
       for (int j = 0; j < NI; j += 4) {
         const unsigned mine = kept(dropout, rows[i * 16 + lane / 4 + half * 8], column0 / 8 + j + own);
 #pragma unroll
-        for (int block = 0; block < 4; block++) {
+        for (int block = 0; block < least(4, NI - j); block++) {
           const unsigned bits = __shfl_sync(0xffffffffu, mine, lane - own + block) >> own * 2;
           float(&pair)[4] = acc[i][j + block];
           pair[half * 2] = bits & 1 ? pair[half * 2] * dropout.scale : 0.f;

@@ -26,6 +26,13 @@ __device__ __forceinline__ T from_float(float v) {
   else return v;
 }
 
+// 2 ** v to two units in the last place; what would be denormal is 0.
+__device__ __forceinline__ float exp2_approx(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
 // The kernels have no static shared memory: all of it comes with the launch.
 #define FA_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 

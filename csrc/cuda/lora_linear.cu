@@ -45,13 +45,7 @@ LoraArguments check(const LoraCall& c) {
   }
   a.gain = checker.parameter(c.gain, "gain", {n});
   a.scale = static_cast<float>(c.scale), a.dropout_p = c.dropout_p;
-  FA_CHECK(c.dropout_p >= 0 && c.dropout_p < 1, kOp, ": dropout_p must lie in [0, 1), got ", c.dropout_p);
-  FA_CHECK(c.dropout_p == 0 || c.seed, kOp, ": dropout needs a seed");
-  if (c.seed) {
-    checker.device(*c.seed, "seed");
-    FA_CHECK(c.seed->scalar_type() == ScalarType::Long && c.seed->numel() == 1, kOp, ": seed must be one int64");
-    a.seed = static_cast<const int64_t*>(c.seed->data_ptr());
-  }
+  a.seed = checker.seed(c.seed, c.dropout_p);
   return a;
 }
 

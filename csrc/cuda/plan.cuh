@@ -49,6 +49,10 @@ constexpr Kind kind_of() {
   return std::is_same_v<T, bf16> ? Kind::bfloat16 : std::is_same_v<T, f16> ? Kind::float16 : Kind::float32;
 }
 
+inline int integer_bytes(Kind kind) {
+  return kind == Kind::int64 ? 8 : kind == Kind::int32 ? 4 : kind == Kind::int16 ? 2 : 1;
+}
+
 // Leading sizes `size` with strides `stride`, joined where they lie behind one another.  False if more than kMaxDims remain.
 inline bool join_dims(Rows& rows, int dims, const int64_t* size, const int64_t* stride) {
   rows.dims = 0;

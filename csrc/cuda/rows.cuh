@@ -41,6 +41,16 @@ struct Vector {
   }
 };
 
+// An element of a tensor of integers of any dtype.
+__device__ __forceinline__ int64_t integer_at(const void* data, int64_t offset, int bytes, int is_signed) {
+  const char* p = static_cast<const char*>(data) + offset * bytes;
+  if (bytes == 8) return *reinterpret_cast<const int64_t*>(p);
+  if (bytes == 4) return *reinterpret_cast<const int32_t*>(p);
+  if (bytes == 2) return *reinterpret_cast<const int16_t*>(p);
+  if (is_signed) return *reinterpret_cast<const signed char*>(p);
+  return *reinterpret_cast<const unsigned char*>(p);
+}
+
 // A weight matrix for each adapter, 16-byte aligned rows, in the dtype of the activations.
 struct Weight {
   const void* data;

@@ -61,7 +61,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
 
     Only the classes of the layers change, to subclasses with another ``forward``: no tensor is copied, and parameters,
     ``state_dict``, saving and loading, ``isinstance``, merging, hot-swapping, switching, adding and deleting adapters stay the
-    library's own. Whatever a layer is asked for that no kernel computes goes through the library's own ``forward``. A second
+    library's own. A prefix is given to the attention layers for the time of a call, in place of the cache or the concatenation
+    of the library. Whatever a layer is asked for that no kernel computes goes through the library's own ``forward``. A second
     call looks for layers that were added since, and changes nothing else but ``backend``.
 
     Args:

@@ -1,4 +1,4 @@
-"""Bottleneck adapters of the library ``adapters``, Compacter among them: in place, or as modules of fastadapt and back."""
+"""Adapters of the library ``adapters``: in place, or, bottleneck adapters and Compacter, as modules of fastadapt and back."""
 
 import warnings
 from pathlib import Path
@@ -7,16 +7,17 @@ import torch
 from adapters.methods import modeling
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.prefix_tuning import PrefixTuningLayer
 from adapters.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
-from . import Row
+from . import Row, adapters_prefix
 from .adapters_bottleneck import adapted, alone, draws, random, refused
 from .adapters_modules import from_adapters, shared_rule, to_adapters
 
 __all__ = ["LAYERS", "accelerate", "from_adapters", "restore", "save_adapter", "shared_rule", "to_adapters"]
 
-LAYERS = "bottleneck and Compacter adapters of adapters"
+LAYERS = "bottleneck and Compacter adapters and prefixes of adapters"
 
 
 class _Fused:
@@ -71,7 +72,7 @@ def _others(model: nn.Module) -> list[Row]:
     """Layers of the library's other methods."""
     rows = []
     for name, module in model.named_modules():
-        other = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer)
+        other = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer | PrefixTuningLayer)
         if (other and len(module.adapter_modules)) or isinstance(module, modeling.BertFusion):
             rows.append(Row(name, "left", f"no kernel for {type(module).__name__}"))
     return rows
@@ -106,7 +107,7 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
             "share; fastadapt.integrations.adapters.save_adapter writes it too",
             stacklevel=4,
         )
-    return rows + _others(model)
+    return rows + adapters_prefix.accelerate(model, backend) + _others(model)
 
 
 def restore(model: nn.Module) -> None:
@@ -116,6 +117,7 @@ def restore(model: nn.Module) -> None:
             module.__class__ = _THEIRS[type(module)]
             for name in ("_fastadapt_backend", "_fastadapt_config"):
                 module.__dict__.pop(name, None)
+    adapters_prefix.restore(model)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str, **options) -> None:

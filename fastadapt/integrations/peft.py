@@ -1,4 +1,4 @@
-"""LoRA, LoKr and LoHa layers of the library ``peft``, in place: its own classes with another ``forward``."""
+"""Layers and prefixes of the library ``peft``, in place: its own classes with another ``forward``."""
 
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import autocasts
-from . import Row, peft_lycoris
+from . import Row, peft_adaption_prompt, peft_lycoris, peft_prefix
 from .peft_lora import TRANSPOSED, MixedBatch, active, embedded, frozen_layer, mixed, operands
 
-LAYERS = "LoRA layers of peft on linear layers or embeddings, LoKr and LoHa layers on linear layers"
+LAYERS = "LoRA layers of peft on linear layers or embeddings, LoKr and LoHa layers on linear layers, prefixes, LLaMA-Adapter"
 
 
 class _Fused:
@@ -161,7 +161,7 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
         for module in model.modules():
             if type(module) is lora.LoraModel:
                 _swap(module, LoraModel)
-    return rows
+    return rows + peft_prefix.accelerate(model, backend) + peft_adaption_prompt.accelerate(model, backend)
 
 
 def restore(model: nn.Module) -> None:
@@ -170,3 +170,5 @@ def restore(model: nn.Module) -> None:
         if type(module) in _THEIRS:
             _swap(module, _THEIRS[type(module)])
             module.__dict__.pop("_fastadapt_backend", None)
+    peft_prefix.restore(model)
+    peft_adaption_prompt.restore(model)

@@ -27,7 +27,7 @@ def prefix_attention_reference(
     scale = e**-0.5 if scale is None else scale
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     if adapter_ids is not None:
-        prefix_k, prefix_v = (t.index_select(0, adapter_ids.clamp(min=0)) for t in (prefix_k, prefix_v))
+        prefix_k, prefix_v = (t.index_select(0, adapter_ids.clamp(min=0).long()) for t in (prefix_k, prefix_v))
     of_query = lambda t: t.repeat_interleave(h // t.shape[-3], -3)  # noqa: E731
     scores = scale * (q @ of_query(k).transpose(-1, -2))
     prefix_scores = scale * (q @ of_query(prefix_k).transpose(-1, -2))
@@ -46,7 +46,8 @@ def prefix_attention_reference(
         weights, prefix_weights = _softmax(scores), _softmax(prefix_scores)
     if dropout_p:
         first = own_column(p)
-        stays = dropout.kept(dropout_seed, b * h * t, first + t_k, dropout_p).view(b, h, t, -1) * dropout.kept_scale(dropout_p)
+        stays = dropout.kept(dropout_seed, b * h * t, first + t_k, dropout_p).view(b, h, t, first + t_k)
+        stays = stays * dropout.kept_scale(dropout_p)
         weights, prefix_weights = weights * stays[..., first:].to(q.dtype), prefix_weights * stays[..., :p].to(q.dtype)
     prefix = prefix_weights @ of_query(prefix_v)
     return weights @ of_query(v) + (prefix if gate is None else gate.to(q.dtype)[:, None, None] * prefix)
@@ -273,9 +274,10 @@ def prefix_attention(
         ``(b, h, t, e)``, dtype of ``q``, laid out as ``(b, t, h, e)``: ``y.transpose(1, 2).flatten(2)`` copies nothing.
 
     Rounding, with a 16-bit ``q``: the output and the gradients once, at their end, and a float32 prefix to the dtype of ``q``
-    before its use; scores and sums are float32 (float64 for float64), and backward uses the rounded output. Matrix units (every
-    GPU backend) also round the weights, before they are divided by their sum, and in backward the weights and the gradients of
-    the scores. Sequences don't depend on each other.
+    before its use; scores and sums are float32 (float64 for float64), and backward uses the rounded output and makes the
+    weights anew, from the logarithm of a query's sum of exponentials in float32. Matrix units (every GPU backend, and in
+    backward those of a CPU in bfloat16) also round the weights, before they are divided by their sum, and in backward the
+    weights and the gradients of the scores. Sequences don't depend on each other.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.

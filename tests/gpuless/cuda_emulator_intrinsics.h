@@ -89,6 +89,11 @@ T from_float(float v) {
   }
 }
 
+inline float exp2_approx(float v) {
+  const float result = std::exp2(v);
+  return result < 1.17549435e-38f ? 0.f : result;
+}
+
 #define FA_DYNAMIC_SHARED(name) unsigned char* name = emulator::state().shared
 
 template <class... Parameters, class... Arguments>

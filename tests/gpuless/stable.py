@@ -104,8 +104,8 @@ class Module:
         return other
 
     def __call__(self, leaf, kinds, values, outputs):
-        for name, shape, content in self.module.call(leaf, kinds, values, outputs, self.settings):
-            yield np.frombuffer(bytearray(content), name if name != "bfloat16" else ml_dtypes.bfloat16).reshape(shape)
+        for name, shape, strides, content in self.module.call(leaf, kinds, values, outputs, self.settings):
+            yield array(name, shape, strides, content)
 
 
 class Program:
@@ -179,10 +179,15 @@ def decode(content):
     names = {code: name for name, code in CODES.items()}
     while content:
         line, _, content = content.partition(b"\n")
-        code, nbytes, _, *shape = map(int, line.split())
-        dtype = np.dtype(ml_dtypes.bfloat16 if names[code] == "bfloat16" else names[code])
-        yield np.frombuffer(bytearray(content[:nbytes]), dtype).reshape(shape)
+        code, nbytes, dims, *lengths = map(int, line.split())
+        yield array(names[code], lengths[:dims], lengths[dims:], content[:nbytes])
         content = content[nbytes:]
+
+
+def array(name, shape, strides, content):
+    """An output, in the layout that the kernel gave it."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return np.ndarray(shape, dtype, bytearray(content), strides=[stride * dtype.itemsize for stride in strides])
 
 
 def to_numpy(t):

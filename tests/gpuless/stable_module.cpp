@@ -38,7 +38,7 @@ StableIValue argument(const std::string& kind, const py::handle& value) {
   return host::pass_optional(&inner);
 }
 
-// Bytes of the outputs with dtype and shape: numpy alone has no bfloat16.
+// Bytes of the outputs with dtype, sizes and strides: numpy alone has no bfloat16.
 py::list call(const std::string& leaf, const std::vector<std::string>& kinds, const py::list& values, size_t outputs,
     const std::map<std::string, int64_t>& settings) {
   host::Settings s;
@@ -51,7 +51,7 @@ py::list call(const std::string& leaf, const std::vector<std::string>& kinds, co
     const char* dtype = "";
     for (const auto& [known, code] : kDtypes)
       if (code == t.dtype) dtype = known;
-    out.append(py::make_tuple(dtype, t.sizes, py::bytes(static_cast<const char*>(t.data), host::span(t))));
+    out.append(py::make_tuple(dtype, t.sizes, t.strides, py::bytes(static_cast<const char*>(t.data), host::span(t))));
   }
   return out;
 }

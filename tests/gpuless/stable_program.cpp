@@ -109,6 +109,7 @@ void write(const char* path, const std::vector<AtenTensorOpaque>& outputs) {
   for (const AtenTensorOpaque& t : outputs) {
     out << t.dtype << ' ' << host::span(t) << ' ' << t.sizes.size();
     for (int64_t size : t.sizes) out << ' ' << size;
+    for (int64_t stride : t.strides) out << ' ' << stride;
     out << '\n';
     out.write(static_cast<const char*>(t.data), host::span(t));
   }

@@ -241,7 +241,7 @@ COMPILED = (
 
 def rounded(a, unit, points):
     """The docstring's formula in float64, and its roundings."""
-    value, gradient = (points.value, points.gradient) if unit == "matrix" else (lambda t: t,) * 2
+    value, gradient = (points.value, points.gradient) if unit != "vector" else (lambda t: t,) * 2
     q, k, v = a["q"], a["k"], a["v"]
     (b, h, t, e), t_k, p, device = q.shape, k.shape[2], a["prefix_k"].shape[-2], q.device
     of_query = lambda t: t.repeat_interleave(h // t.shape[-3], -3)  # noqa: E731
@@ -272,7 +272,12 @@ def rounded(a, unit, points):
         weights = torch.where(seen, (scores - top).exp(), 0.0)
         total = weights.sum(-1, keepdim=True)
         mixed = (value(weights) * stays) @ torch.where(seen.any((-2,))[..., None], values, 0.0)
-        return torch.where(total == 0, 0.0, mixed / torch.where(total == 0, 1.0, total))
+        y = torch.where(total == 0, 0.0, mixed / torch.where(total == 0, 1.0, total))
+        if y.requires_grad:  # backward makes the weights anew, from a sum whose logarithm is a float32 number
+            lse = (top + total.log()).detach()
+            off = torch.where(lse.isfinite(), lse.float() - lse, 0.0).to(y.dtype)
+            y.register_hook(lambda grad: grad * (1 + off))
+        return y
 
     v, prefix_v = of_query(v), of_query(prefix_v).expand(b, h, p, e)
     own_stays, prefix_stays = stays[..., stays.shape[-1] - t_k :], stays[..., :p]
@@ -314,14 +319,14 @@ def fuzz(draw, st):
 NUMERICS = Numerics(
     rounded=rounded,
     # Matrix units round weights before they are divided by their sum, in an order of tiles that the model doesn't know.
-    predicted=lambda a, unit: () if unit == "matrix" else ("y",),
+    predicted=lambda a, unit: ("y",) if unit == "vector" else (),
     exact=(),  # no exponential is
     rows=("key_lengths", "adapter_ids", "bias"),
     alone={},
     paths=(
         case("rows", b=2, h=2, t=130, e=40, p=20, **{k: v for k, v in EVERYTHING.items() if k not in ("h", "h_kv")}),
-        case("decoded", b=3, h=4, h_kv=2, t=1, t_k=300, e=64, p=20, causal=True),
-        case("wide-heads", b=1, h=2, t=50, e=256, p=70, causal=True, gate="drawn"),
+        case("decoded", b=3, h=4, h_kv=2, t=1, t_k=300, e=64, p=20, causal=True, gain=4.0),
+        case("wide-heads", b=1, h=2, t=50, e=256, p=270, causal=True, gate="drawn"),
         case("dropped", b=2, h=2, t=70, e=24, p=20, causal=True, dropout=0.2, lengths=[70, 33]),
     ),
     fuzz=fuzz,
