@@ -17,18 +17,23 @@ FEW = (torch.float32,) if INTERPRET else (torch.float32, torch.bfloat16)
 TELLING = ("m33-d65-r17", "everything", "dora-with-everything", "gated-with-everything", "bank-with-everything")
 
 
-def over(*case_names, cases=lambda spec: spec.cases, dtypes=None):
-    """Parametrize a test over ops, backends that exist here, cases (all if none is named) and dtypes."""
+def over(*case_names, cases=lambda spec: spec.cases, dtypes=None, thin=False):
+    """Parametrize a test over ops, backends that exist here, cases (all if none is named) and dtypes. ``thin``: the short run
+    takes the telling cases in every dtype, and each of the others in one dtype or another."""
+    slow = lambda i, j, case, n: thin and i % n != j and case.name not in TELLING  # noqa: E731
     return pytest.mark.parametrize(
         "spec, backend, case, dtype",
         [
-            pytest.param(spec, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}")
+            pytest.param(
+                spec, backend, case, dtype, id=f"{name}-{backend}-{case.name}-{str(dtype)[6:]}",
+                marks=[pytest.mark.slow] if slow(i, j, case, len(dtypes or spec.dtypes)) else [],
+            )
             for name, spec in SPECS.items()
             for backend in BACKENDS
             if (backend, DEVICE) in spec.fwd.available
-            for case in cases(spec)
+            for i, case in enumerate(cases(spec))
             if not case_names or case.name in case_names
-            for dtype in dtypes or spec.dtypes
+            for j, dtype in enumerate(dtypes or spec.dtypes)
         ],
     )
 

@@ -11,7 +11,7 @@ from .layouts import LAYOUTS, sliced
 from .specs import SPECS
 
 
-@over()
+@over(thin=INTERPRET)
 def test_matches_reference(spec, backend, case, dtype):
     check(spec, backend, lambda: case.make(dtype, DEVICE))
 
