@@ -92,16 +92,19 @@ def limits_of(queries, inside, length, t, t_k, CAUSAL: tl.constexpr):
 
 @triton.jit
 def hide(scores, keys, limits, mask_ptr, mask_offsets, mask_stride):
-    """``scores`` where keys are below the limits of rows and not masked, -inf elsewhere; a floating mask is added. ``keys``,
-    ``limits`` and ``mask_offsets``, where the rows of the mask begin, broadcast to the scores."""
+    """``scores`` where keys are below the limits of rows and not masked, -inf elsewhere, and where they are seen; a floating
+    mask is added, and hides where it is -inf. ``keys``, ``limits`` and ``mask_offsets``, where the rows of the mask begin,
+    broadcast to the scores."""
     seen = keys < limits
     if mask_ptr is not None:
         mask_ptrs = mask_ptr + mask_offsets + keys.to(tl.int64) * mask_stride
         if mask_ptr.dtype.element_ty == tl.uint8:
             seen = seen & (tl.load(mask_ptrs, mask=seen, other=0) != 0)
         else:
-            scores += tl.load(mask_ptrs, mask=seen, other=0.0).to(tl.float32) * LOG2E
-    return tl.where(seen, scores, float("-inf"))
+            bias = tl.load(mask_ptrs, mask=seen, other=0.0).to(tl.float32) * LOG2E
+            scores += bias
+            seen = seen & (bias != float("-inf"))
+    return tl.where(seen, scores, float("-inf")), seen
 
 
 @triton.jit

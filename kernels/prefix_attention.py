@@ -80,7 +80,7 @@ def attend(
     k = rows_tile(k_ptr, keys.to(tl.int64) * k_stride_t, present, k_stride_e, q.dtype, E, WIDTH)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        scores = hide(scores, keys[None, :], limits[:, None], mask_ptr, mask_offsets[:, None], mask_stride)
+        scores, _ = hide(scores, keys[None, :], limits[:, None], mask_ptr, mask_offsets[:, None], mask_stride)
     highest = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # no key seen so far
     weights = tl.exp2(scores - base[:, None])

@@ -21,12 +21,12 @@ from ._common import sum_planes
 
 
 @triton.jit
-def key_rows(
+def score_gradients(
     q, grad_y, start, limits, k_ptr, k_stride_t, k_stride_e, v_ptr, v_stride_t, v_stride_e, length, scale, mask_ptr,
-    mask_offsets, mask_stride, rows, column, seed_ptr, threshold, kept_scale, lse, MASKED: tl.constexpr, E: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    mask_offsets, mask_stride, rows, column, seed_ptr, threshold, kept_scale, lse, delta, MASKED: tl.constexpr,
+    E: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_N keys from ``start``: the keys, the weights that rows give them, and the gradients of the weights."""
+    """Of BLOCK_N keys from ``start``: the keys, and the gradients of the scores that rows give them."""
     keys = start + tl.arange(0, BLOCK_N)
     present = None
     if MASKED:
@@ -34,13 +34,17 @@ def key_rows(
     k = rows_tile(k_ptr, keys.to(tl.int64) * k_stride_t, present, k_stride_e, q.dtype, E, WIDTH)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        scores = hide(scores, keys[None, :], limits[:, None], mask_ptr, mask_offsets[:, None], mask_stride)
+        scores, seen = hide(scores, keys[None, :], limits[:, None], mask_ptr, mask_offsets[:, None], mask_stride)
     weights = tl.exp2(scores - lse[:, None])
     v = rows_tile(v_ptr, keys.to(tl.int64) * v_stride_t, present, v_stride_e, q.dtype, E, WIDTH)
     grads = tl.dot(grad_y, tl.trans(v), input_precision=PRECISION)
     if seed_ptr is not None:
         grads *= kept_weights(rows, column + start, seed_ptr, threshold, kept_scale, BLOCK_M, BLOCK_N)
-    return k, weights, grads
+    # A product that a compiler fuses with the first sum of two lanes has other bits in either, which both store.
+    grad_scores = tl.fma(weights, grads - delta[:, None], 0.0)
+    if MASKED:  # of a row that is NaN, too
+        grad_scores = tl.where(seen, grad_scores, 0.0)
+    return k, grad_scores
 
 
 @triton.jit
@@ -60,25 +64,24 @@ def prefix_attention_bwd_delta_kernel(
     grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH)
     y_offsets = query_offsets(sequence, head, members, queries, group, y_strides)
     y = rows_tile(y_ptr, y_offsets, inside, y_strides[3], dtype, E, WIDTH)
-    # A product that a compiler fuses with the first sum of two lanes has other bits in either, which both store.
     delta = tl.sum(tl.fma(grad_y.to(tl.float32), y.to(tl.float32), 0.0), 1)
     if gate_ptr is not None:
         every = tl.cast(b, tl.int64) * h_kv * group * t
         q_offsets = query_offsets(sequence, head, members, queries, group, q_strides)
         q = rows_tile(q_ptr, q_offsets, inside, q_strides[3], dtype, E, WIDTH)
         lse = saved_lse(lse_ptr + every, flat, inside)
-        owner, length, _ = prefix_of(ids_ptr, sequence, p, g, ALONE)
+        owner, length, valid = prefix_of(ids_ptr, sequence, p, g, ALONE)
         prefix_k_ptr += owner * prefix_k_strides[0] + head * prefix_k_strides[1]
         prefix_v_ptr += owner * prefix_v_strides[0] + head * prefix_v_strides[1]
         limits = tl.where(inside, length, 0)
         prefix_delta = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, length, BLOCK_P):
-            k, weights, grads = key_rows(
+            _, products = score_gradients(
                 q, grad_y, start, limits, prefix_k_ptr, prefix_k_strides[2], prefix_k_strides[3], prefix_v_ptr,
                 prefix_v_strides[2], prefix_v_strides[3], length, scale, None, flat, 0, flat, 0, seed_ptr, threshold,
-                kept_scale, lse, TAIL, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
+                kept_scale, lse, tl.zeros_like(lse), TAIL, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
             )  # fmt: skip
-            prefix_delta += tl.sum(tl.fma(weights, grads, 0.0), 1)
+            prefix_delta += tl.sum(products, 1)
         delta -= gates_of(gate_ptr, head, members, inside, group) * prefix_delta
         tl.store(delta_ptr + every + flat, prefix_delta, mask=inside)
     tl.store(delta_ptr + flat, delta, mask=inside)
@@ -115,13 +118,12 @@ def prefix_attention_bwd_queries_kernel(
     prefix_v_ptr += owner * prefix_v_strides[0] + head * prefix_v_strides[1]
     prefix_limits = tl.where(inside, prefix_length, 0)
     for start in range(0, prefix_length, BLOCK_P):
-        k, weights, grads = key_rows(
+        k, grad_scores = score_gradients(
             q, grad_y, start, prefix_limits, prefix_k_ptr, prefix_k_strides[2], prefix_k_strides[3], prefix_v_ptr,
             prefix_v_strides[2], prefix_v_strides[3], prefix_length, scale, None, flat, 0, flat, 0, seed_ptr, threshold,
-            kept_scale, prefix_lse, TAIL, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
+            kept_scale, prefix_lse, prefix_delta, TAIL, E, WIDTH, BLOCK_M, BLOCK_P, PRECISION,
         )  # fmt: skip
-        grad_scores = (weights * (grads - prefix_delta[:, None])).to(dtype)
-        acc = tl.dot(grad_scores, k, acc, input_precision=PRECISION)
+        acc = tl.dot(grad_scores.to(dtype), k, acc, input_precision=PRECISION)
     if gate_ptr is not None:
         acc *= gates_of(gate_ptr, head, members, inside, group)[:, None]
 
@@ -135,19 +137,19 @@ def prefix_attention_bwd_queries_kernel(
         seen_by_all = 0
         mask_offsets = query_offsets(sequence, head, members, queries, group, mask_strides)
     for start in range(0, seen_by_all, BLOCK_N):
-        k, weights, grads = key_rows(
+        k, grad_scores = score_gradients(
             q, grad_y, start, limits, k_ptr, k_strides[2], k_strides[3], v_ptr, v_strides[2], v_strides[3], length, scale,
-            mask_ptr, mask_offsets, mask_strides[3], flat, own_column, seed_ptr, threshold, kept_scale, lse, False, E, WIDTH,
-            BLOCK_M, BLOCK_N, PRECISION,
+            mask_ptr, mask_offsets, mask_strides[3], flat, own_column, seed_ptr, threshold, kept_scale, lse, delta, False, E,
+            WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-        acc = tl.dot((weights * (grads - delta[:, None])).to(dtype), k, acc, input_precision=PRECISION)
+        acc = tl.dot(grad_scores.to(dtype), k, acc, input_precision=PRECISION)
     for start in range(seen_by_all, tl.max(limits, 0), BLOCK_N):
-        k, weights, grads = key_rows(
+        k, grad_scores = score_gradients(
             q, grad_y, start, limits, k_ptr, k_strides[2], k_strides[3], v_ptr, v_strides[2], v_strides[3], length, scale,
-            mask_ptr, mask_offsets, mask_strides[3], flat, own_column, seed_ptr, threshold, kept_scale, lse, True, E, WIDTH,
-            BLOCK_M, BLOCK_N, PRECISION,
+            mask_ptr, mask_offsets, mask_strides[3], flat, own_column, seed_ptr, threshold, kept_scale, lse, delta, True, E,
+            WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-        acc = tl.dot((weights * (grads - delta[:, None])).to(dtype), k, acc, input_precision=PRECISION)
+        acc = tl.dot(grad_scores.to(dtype), k, acc, input_precision=PRECISION)
 
     cols = tl.arange(0, WIDTH)
     grad_q_offsets = query_offsets(sequence, head, members, queries, group, grad_q_strides)
@@ -168,7 +170,7 @@ def add_rows(
     grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_stride_e, k.dtype, E, WIDTH)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
     if MASKED:
-        scores = hide(scores, keys[:, None], limits[None, :], mask_ptr, mask_offsets[None, :], mask_stride)
+        scores, seen = hide(scores, keys[:, None], limits[None, :], mask_ptr, mask_offsets[None, :], mask_stride)
     weights = tl.exp2(scores - saved_lse(lse_ptr, flat, inside)[None, :])
     if gates is not None:
         weights *= gates[None, :]
@@ -184,6 +186,8 @@ def add_rows(
             grads *= stays
         delta = tl.load(delta_ptr + flat, mask=inside, other=0.0)
         grad_scores = weights * (grads - delta[None, :])
+        if MASKED:  # of a row that is NaN, too
+            grad_scores = tl.where(seen, grad_scores, 0.0)
         grad_k = tl.dot(grad_scores.to(k.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 

@@ -12,6 +12,10 @@ def interpreted(case):
 CONTINUED, ODD, GROUPED, DROPOUT = (interpreted(case) for case in ("continued", "odd", "grouped", "dropout"))
 GATED, ZERO, BANK = (interpreted(case) for case in ("gated-with-everything", "gate-of-zero", "bank-of-sequences"))
 COMPILED = Rung("tests/test_ptx.py", "test_triton_matches_reference and prefix_attention-everything-float32-sm_80")
+SPREAD = Rung(
+    "tests/test_ops_numerics.py", "prefix_attention-triton-everything-float32 and test_nan_and_inf_spread_as_in_pytorch",
+    interpret=True,
+)  # fmt: skip
 GHOST = Rung(
     "tests/test_strict_interpreter.py", "test_offsets_of_the_launches_are_64_bit and prefix_attention-large and contiguous",
     interpret=True,
@@ -46,7 +50,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients of scores of the prefix without the mean", "missing term", {ODD: "grad of q: (l2|max) error"},
-        [(BWD, "(weights * (grads - prefix_delta[:, None]))", "(weights * grads)")],
+        [(BWD, "kept_scale, prefix_lse, prefix_delta, TAIL", "kept_scale, prefix_lse, 0 * prefix_delta, TAIL")],
     ),
     Mutant(
         "the prefix in the own mean without the gate", "missing term", {GATED: "grad of q: (l2|max) error"},
@@ -86,6 +90,10 @@ MUTANTS = (
             BWD, "tl.sum(tl.fma(grad_y.to(tl.float32), y.to(tl.float32), 0.0), 1)",
             "tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)",
         )],
+    ),
+    Mutant(
+        "hidden keys of a row that is NaN", "NaN swallowed", {SPREAD: "spreads otherwise"},
+        [(BWD, "            grad_scores = tl.where(seen, grad_scores, 0.0)\n", "            grad_scores += 0.0\n")],
     ),
     Mutant(
         "sequence in 32 bits", "32-bit offset", {GHOST: "overflow"},
