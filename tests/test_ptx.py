@@ -63,7 +63,9 @@ def triton_calls():
                 for case in (*spec.cases, *spec.tiled):
                     if dtype == torch.float16 and case.name not in TELLING:
                         continue
-                    marks = () if case.name in TELLING and dtype != torch.float16 else pytest.mark.slow
+                    # The short run takes the telling cases, of each architecture in one dtype.
+                    quick = case.name in TELLING and dtype == {80: torch.float32, 90: torch.bfloat16}[arch]
+                    marks = () if quick else pytest.mark.slow
                     yield pytest.param(op, arch, case, dtype, marks=marks, id=f"{op}-{case.name}-{name(dtype)}-sm_{arch}")
 
 

@@ -28,15 +28,20 @@ namespace avx512 { FA_KERNELS BackwardKernel amx_backward_kernel(Dtype, bool); }
 
 namespace {
 
-auto kernels(Dtype dtype) {
+// Called, not taken the address of: a build for one instruction set leaves the others undefined.
+std::pair<Kernel, BackwardKernel> kernels(const Problem& p) {
+  const Dtype dtype = p.dtype;
+  const bool wide = p.wide_parameters;
 #if FASTADAPT_AMX
-  if (target() == Target::amx && dtype == Dtype::bfloat16) return std::pair(avx512::kernel, avx512::amx_backward_kernel);
+  if (target() == Target::amx && dtype == Dtype::bfloat16)
+    return {avx512::kernel(dtype, wide), avx512::amx_backward_kernel(dtype, wide)};
 #endif
 #if defined(__x86_64__)
-  if (target() == Target::amx || target() == Target::avx512) return std::pair(avx512::kernel, avx512::backward_kernel);
-  if (target() == Target::avx2) return std::pair(avx2::kernel, avx2::backward_kernel);
+  if (target() == Target::amx || target() == Target::avx512)
+    return {avx512::kernel(dtype, wide), avx512::backward_kernel(dtype, wide)};
+  if (target() == Target::avx2) return {avx2::kernel(dtype, wide), avx2::backward_kernel(dtype, wide)};
 #endif
-  return std::pair(portable::kernel, portable::backward_kernel);
+  return {portable::kernel(dtype, wide), portable::backward_kernel(dtype, wide)};
 }
 
 constexpr const char* op = "prefix_attention";
@@ -229,7 +234,7 @@ std::tuple<Tensor, Tensor> prefix_attention_fwd_cpu(const Tensor& q, const Tenso
   if (y.numel() == 0) return {y, lse};
   p.y = y.mutable_data_ptr();
   p.lse = keep_lse ? lse.mutable_data_ptr() : nullptr;
-  const Kernel run = kernels(p.dtype).first(p.dtype, p.wide_parameters);
+  const Kernel run = kernels(p).first;
   int64_t parts = useful_parts(2 * call.work(), p.b * p.h * p.t);
   divide(p, parts);
   parts = std::min(parts, p.units);
@@ -267,7 +272,7 @@ Gradients prefix_attention_bwd_cpu(const Tensor& grad_y, const Tensor& y, const 
     grads[i] = !p.wants[i] ? empty({&none, 1}, q) : i <= grad_v ? by_token(*inputs[i]) : empty(inputs[i]->sizes(), *inputs[i]);
     p.grads[i] = grads[i].mutable_data_ptr();
   }
-  const BackwardKernel run = kernels(p.dtype).second(p.dtype, p.wide_parameters);
+  const BackwardKernel run = kernels(p).second;
   const int64_t parts = useful_parts(5 * call.work(), p.b * p.h * p.t), bytes = run.thread_bytes(p);
   ScratchMemory memory(parts * bytes + run.shared_bytes(p));
   for (int phase = 0; phase < backward_phases; ++phase) {
