@@ -179,9 +179,15 @@ def test_a_right_kernel_passes(op, check):
                 check(stand_in(spec), None, case, dtype)
 
 
+def of_documented_rounding(spec, error):
+    """Where matrix units round in an order that the model doesn't know, it predicts nothing, and sees no such error."""
+    if not spec.numerics.predicted(spec.cases[0].make(BF16, "cpu"), "matrix"):
+        return PLANTED[error][1] is not rounded
+    return spec.numerics.rounds_inside or error != "not-rounded-where-documented"
+
+
 @pytest.mark.parametrize("op, error", [
-    (op, error) for op, spec in SPECS.items() for error in PLANTED
-    if spec.numerics.rounds_inside or error != "not-rounded-where-documented"
+    (op, error) for op, spec in SPECS.items() for error in PLANTED if of_documented_rounding(spec, error)
 ])  # fmt: skip
 def test_a_planted_error_is_found(op, error):
     plant, check, dtype = PLANTED[error]

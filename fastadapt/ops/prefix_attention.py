@@ -179,20 +179,23 @@ def _check_prefix(q, k, prefix_k, prefix_v, adapter_ids):
         raise TypeError(f"prefix_v must be {prefix_k.dtype} like prefix_k, got {prefix_v.dtype}")
 
 
-def _check_integers(name, value, q, shape, low, high, meaning):
+def _check_integers(name, value, q, shape, low, high, meaning, values):
     check.tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be (b,) = {shape}, got {tuple(value.shape)}")
     check.same_device(name, value, q, "q")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+    if values and value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
         least, most = int(value.min()), int(value.max())
         if least < low or most > high:
             raise ValueError(f"{name} must lie in [{low}, {high}] {meaning}, got {least if least < low else most}")
 
 
-def _check(q, k, v, prefix_k, prefix_v, is_causal, key_lengths, attn_mask, scale, gate, dropout_p, dropout_seed, adapter_ids):
+def _check(
+    q, k, v, prefix_k, prefix_v, is_causal, key_lengths, attn_mask, scale, gate, dropout_p, dropout_seed, adapter_ids, values
+):  # fmt: skip
+    """``values`` says to read integers on a CPU, which the kernel there does itself."""
     check.activation_dtype("q", q)
     if q.dim() != 4:
         raise ValueError(f"q must be (b, h, t, e), got {tuple(q.shape)}")
@@ -224,10 +227,10 @@ def _check(q, k, v, prefix_k, prefix_v, is_causal, key_lengths, attn_mask, scale
             raise ValueError(f"attn_mask must broadcast to (b, h, t, t_k) = {(b, h, t, t_k)}, got {tuple(attn_mask.shape)}")
         check.same_device("attn_mask", attn_mask, q, "q")
     if key_lengths is not None:
-        _check_integers("key_lengths", key_lengths, q, (b,), 0, t_k, f"for t_k = {t_k}")
+        _check_integers("key_lengths", key_lengths, q, (b,), 0, t_k, f"for t_k = {t_k}", values)
     if adapter_ids is not None:
         g = prefix_k.shape[0]
-        _check_integers("adapter_ids", adapter_ids, q, (b,), -1, g - 1, f"for a bank of {g}")
+        _check_integers("adapter_ids", adapter_ids, q, (b,), -1, g - 1, f"for a bank of {g}", values)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     dropout.check(dropout_p, dropout_seed, q, "q")
@@ -260,7 +263,8 @@ def prefix_attention(
             the CPU; on a GPU, where reading them would stall the stream, they count as 0 or ``t_k``.
         attn_mask: of any shape that broadcasts to ``(b, h, t, t_k)``; bool, True where an own key is seen, or floating (float32
             or the dtype of ``q``), added to the scaled scores. A mask that needs a gradient is left to the reference.
-        scale: number that multiplies the scores; None for ``1 / sqrt(e)``.
+        scale: number that multiplies the scores; None for ``1 / sqrt(e)``. A constant of a model: ``torch.compile`` compiles
+            each value in.
         gate: ``(h,)``, dtype of ``q`` or float32; LLaMA-Adapter's, after its tanh.
         dropout_p: probability in [0, 1) that a weight, of prefix or own key, is dropped, in steps of 1 / 65536; the others grow
             by the inverse of the probability to stay.
@@ -289,23 +293,28 @@ def prefix_attention(
     given = (
         q, k, v, prefix_k, prefix_v, is_causal, key_lengths, attn_mask, scale, gate, dropout_p, dropout_seed, adapter_ids
     )  # fmt: skip
-    _check(*given)
+    _check(*given, values=backend not in (None, "native"))
     if dropout_p and dropout_seed is None:
         given = *given[:11], dropout.draw_seed(q.device), adapter_ids
     args = _arguments(*given)
     name = _fwd.choose(backend, "cpu" if q.is_cpu else q.device.type, args)
     if name == "reference":
+        _check(*given, values=True)
         return prefix_attention_reference(
             q, k, v, prefix_k, prefix_v, is_causal=is_causal, key_lengths=key_lengths, attn_mask=attn_mask, scale=scale,
             gate=gate, dropout_p=dropout_p, dropout_seed=given[11], adapter_ids=adapter_ids,
         )  # fmt: skip
     *tensors, is_causal, key_lengths, attn_mask, scale, dropout_p, seed, adapter_ids = args
-    if not needs_grad(*tensors):
-        return getattr(_fwd, name)(*args, False)[0]
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd.Function
         tensors = [t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)]
     constants = name, is_causal, scale, dropout_p
-    return PrefixAttention.apply(constants, *tensors, key_lengths, attn_mask, seed, adapter_ids)
+    try:
+        if needs_grad(*args[:6]):
+            return PrefixAttention.apply(constants, *tensors, key_lengths, attn_mask, seed, adapter_ids)
+        return getattr(_fwd, name)(*args, False)[0]
+    except Exception:
+        _check(*given, values=True)  # the kernel has refused the call; if lengths or ids are to blame, say which
+        raise
 
 
 prefix_attention.leaf, prefix_attention.arguments = _fwd, _arguments
