@@ -27,7 +27,8 @@ def runs_here(name: str) -> bool:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("name", BUILDS)
+# Sixteen lanes where the compiler has to split them take it half a minute.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "avx2-16-lanes")) for n in BUILDS])
 def test_products_functions_and_conversions(name, tmp_path):
     if not runs_here(name):
         pytest.skip(f"this processor has no {name}")

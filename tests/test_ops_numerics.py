@@ -110,7 +110,7 @@ examples = lambda n: hypothesis.settings(  # noqa: E731
 
 
 @calls
-@examples(8 if INTERPRET else 50)
+@examples(5 if INTERPRET else 30)
 @hypothesis.given(data=st.data())
 def test_fuzz(op, backend, data):
     fuzz(op, backend, data)

@@ -14,14 +14,16 @@ pytestmark = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1"
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def over(cases, dtypes):
+def over(cases, dtypes, alternating=False):
+    """Parametrize a test. ``alternating``: the short run takes each case in one dtype or another."""
     return pytest.mark.parametrize(
         "spec, case, dtype",
         [
-            pytest.param(spec, case, dtype, id=f"{name}-{case.name}-{str(dtype)[6:]}")
+            pytest.param(spec, case, dtype, id=f"{name}-{case.name}-{str(dtype)[6:]}", marks=[pytest.mark.slow] * later)
             for name, spec in SPECS.items()
-            for case in cases(spec)
-            for dtype in dtypes
+            for i, case in enumerate(cases(spec))
+            for j, dtype in enumerate(dtypes)
+            for later in [alternating and (i + j) % len(dtypes) > 0]
         ],
     )
 
@@ -56,7 +58,7 @@ def test_tiled_calls_reach_every_tile(name):
     assert taken == {entry for entry in configurations.entries() if owner(entry[0]) in (name, None)}
 
 
-@over(lambda spec: spec.tiled, (BF16, FP32))
+@over(lambda spec: spec.tiled, (BF16, FP32), alternating=True)
 def test_every_tile_alone(spec, case, dtype):
     """The rule of the battery for each tile that the case can be made to take, and every element of the outputs written."""
     seen = set()
@@ -81,7 +83,7 @@ LAYOUTS = {"contiguous": lambda t: t, "transposed": transposed}
 @pytest.mark.parametrize(
     "spec, case, layout",
     [
-        pytest.param(spec, case, layout, id=f"{name}-{case.name}-{layout}", marks=[pytest.mark.slow] if i and j else [])
+        pytest.param(spec, case, layout, id=f"{name}-{case.name}-{layout}", marks=[pytest.mark.slow] if j else [])
         for name, spec in SPECS.items()
         for i, case in enumerate((spec.large(2**33), *spec.huge))
         for j, layout in enumerate(LAYOUTS)
