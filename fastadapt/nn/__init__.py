@@ -4,6 +4,7 @@ from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
 from .freeze import freeze_except
+from .fusion import AdapterFusion
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
@@ -13,6 +14,7 @@ from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
 
 __all__ = [
     "AdapterBank",
+    "AdapterFusion",
     "BottleneckAdapter",
     "CompacterAdapter",
     "KronALinear",

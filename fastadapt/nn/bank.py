@@ -55,6 +55,11 @@ class AdapterBank(nn.Module):
         self.skip_weight, self.hidden_skip_weight = stack(skip == "channel", d), stack(skip == "hidden", r)
         self.reset_parameters()
 
+    @property
+    def residual(self) -> bool:
+        """Whether ``x`` is what a branch is added to where no other residual is given."""
+        return self._options["residual"]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start every adapter anew, as :class:`BottleneckAdapter` does."""
