@@ -11,6 +11,7 @@ from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention, PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
+from .route import route
 
 __all__ = [
     "AdapterBank",
@@ -33,4 +34,5 @@ __all__ = [
     "freeze_except",
     "phm_rule",
     "prompt_inputs",
+    "route",
 ]
