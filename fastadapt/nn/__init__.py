@@ -10,6 +10,7 @@ from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention, PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
+from .state import load_adapters, save_adapters
 
 __all__ = [
     "AdapterBank",
@@ -29,6 +30,8 @@ __all__ = [
     "PromptEmbedding",
     "PromptEncoder",
     "freeze_except",
+    "load_adapters",
     "phm_rule",
     "prompt_inputs",
+    "save_adapters",
 ]
