@@ -3,6 +3,7 @@
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
+from .compose import Averaged, Stacked, Switched, average_adapters
 from .freeze import freeze_except
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
@@ -14,6 +15,7 @@ from .state import load_adapters, save_adapters
 
 __all__ = [
     "AdapterBank",
+    "Averaged",
     "BottleneckAdapter",
     "CompacterAdapter",
     "KronALinear",
@@ -29,6 +31,9 @@ __all__ = [
     "PrefixEncoder",
     "PromptEmbedding",
     "PromptEncoder",
+    "Stacked",
+    "Switched",
+    "average_adapters",
     "freeze_except",
     "load_adapters",
     "phm_rule",
