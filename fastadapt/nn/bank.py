@@ -186,6 +186,10 @@ class AdapterBank(Routed):
             theirs.copy_(mine)
         return adapter.train(self.training)
 
+    def options(self) -> dict:
+        """The constructor's arguments that decide what is computed."""
+        return dict(self._options)
+
     def extra_repr(self) -> str:
         sizes = {"g": self.g, "d": self.d, "r": self.r}
         return ", ".join(f"{name}={value!r}" for name, value in {**sizes, **self._options}.items())

@@ -7,6 +7,7 @@ from torch import nn
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .compose import Averaged, Stacked, Switched
 from .fusion import AdapterFusion
 from .kron import KronALinear, KronLinear, PHMLinear
 from .lora import LoRAEmbedding, LoRALinear
@@ -18,6 +19,7 @@ from .prompt import PromptEmbedding, PromptEncoder
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
     "compacter": (CompacterAdapter, PHMLinear),
+    "composed": (Averaged, Stacked, Switched),
     "fusion": (AdapterFusion,),
     "kron": (KronALinear, KronLinear),
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
@@ -32,9 +34,9 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"fusion"``, ``"kron"``, ``"lora"``, ``"prefix"``,
-            ``"prompt"``, or types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base``
-            stay frozen, whatever their type, and so do the adapters that are fused.
+        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"composed"``, ``"fusion"``, ``"kron"``, ``"lora"``,
+            ``"prefix"``, ``"prompt"``, or types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call
+            ``base`` stay frozen, whatever their type, and so do the adapters that are fused.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
