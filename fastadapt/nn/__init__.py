@@ -4,6 +4,7 @@ from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
 from .freeze import freeze_except
+from .hyper import HyperAdapter, HyperSite, HyperWeights
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
@@ -15,6 +16,9 @@ __all__ = [
     "AdapterBank",
     "BottleneckAdapter",
     "CompacterAdapter",
+    "HyperAdapter",
+    "HyperSite",
+    "HyperWeights",
     "KronALinear",
     "KronLinear",
     "LoRABank",
