@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import report, run
+from benchmarks import hyper, report, run
 from benchmarks.agreement import Judge, disagreement
 from benchmarks.contestants import Contestant, backends, differentiated, enter, quiet
 from benchmarks.memory import saved_extra
@@ -152,6 +152,12 @@ def test_a_wrong_random_contestant_is_seen(planted, edit, message):
     assert judge.fault(Contestant(lambda: lora_by_hand(**arguments), tensors), grad_y) is None
     fault = judge.fault(Contestant(lambda: planted(**{**arguments, **edit}), tensors), grad_y)
     assert fault is None if message is None else re.match(message, fault), fault
+
+
+@pytest.mark.slow
+def test_generated_adapters_beside_a_batch_split_by_task_and_a_training_step():
+    assert hyper.mixed(12, seconds=0.0)[-1].endswith(" x")
+    assert hyper.generation(12, seconds=0.0)[-1].endswith("%")
 
 
 def test_saved_memory_counts_each_once_and_not_what_is_held():

@@ -6,6 +6,7 @@ from .compacter import CompacterAdapter
 from .compose import Averaged, Stacked, Switched, average_adapters
 from .freeze import freeze_except
 from .fusion import AdapterFusion
+from .hyper import HyperAdapter, HyperSite, HyperWeights
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
@@ -21,6 +22,9 @@ __all__ = [
     "Averaged",
     "BottleneckAdapter",
     "CompacterAdapter",
+    "HyperAdapter",
+    "HyperSite",
+    "HyperWeights",
     "KronALinear",
     "KronLinear",
     "LoRABank",

@@ -17,6 +17,12 @@ def check_size(name: str, value) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_init_std(init_std: float | None) -> float | None:
+    if init_std is not None and not (isinstance(init_std, Real) and init_std > 0):
+        raise ValueError(f"init_std must be None or a positive number, got {init_std!r}")
+    return init_std
+
+
 def check_options(activation, norm, residual, scale, skip, bias, init_std, backend) -> float | str:
     """Refuse what no adapter can be built from; return ``scale`` as a float or its name."""
     for name, value, allowed in (
@@ -30,8 +36,7 @@ def check_options(activation, norm, residual, scale, skip, bias, init_std, backe
     for name, value in (("residual", residual), ("bias", bias)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-    if init_std is not None and not (isinstance(init_std, Real) and init_std > 0):
-        raise ValueError(f"init_std must be None or a positive number, got {init_std!r}")
+    check_init_std(init_std)
     if isinstance(scale, str):
         if scale not in ("learned", "channel"):
             raise ValueError(f"scale must be a number, 'learned' or 'channel', got {scale!r}")

@@ -9,6 +9,7 @@ from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
 from .compose import Averaged, Stacked, Switched
 from .fusion import AdapterFusion
+from .hyper import HyperAdapter
 from .kron import KronALinear, KronLinear, PHMLinear
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
@@ -21,6 +22,7 @@ KINDS = {
     "compacter": (CompacterAdapter, PHMLinear),
     "composed": (Averaged, Stacked, Switched),
     "fusion": (AdapterFusion,),
+    "hyper": (HyperAdapter,),
     "kron": (KronALinear, KronLinear),
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
     "prefix": (PrefixEncoder,),
@@ -34,9 +36,9 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"composed"``, ``"fusion"``, ``"kron"``, ``"lora"``,
-            ``"prefix"``, ``"prompt"``, or types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call
-            ``base`` stay frozen, whatever their type, and so do the adapters that are fused.
+        kinds: one or more of the keys of ``KINDS``, such as ``"bottleneck"``, ``"lora"``, ``"prefix"`` and ``"fusion"``, or
+            types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay frozen, whatever
+            their type, and so do the adapters that are fused.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
