@@ -11,6 +11,7 @@ from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention, PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
+from .side import LadderSideNetwork, SideNetwork
 from .state import load_adapters, save_adapters
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "CompacterAdapter",
     "KronALinear",
     "KronLinear",
+    "LadderSideNetwork",
     "LoRABank",
     "LoRAEmbedding",
     "LoRALinear",
@@ -31,6 +33,7 @@ __all__ = [
     "PrefixEncoder",
     "PromptEmbedding",
     "PromptEncoder",
+    "SideNetwork",
     "Stacked",
     "Switched",
     "average_adapters",

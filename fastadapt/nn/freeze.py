@@ -14,6 +14,7 @@ from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder
+from .side import LadderSideNetwork, SideNetwork
 
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
@@ -23,8 +24,9 @@ KINDS = {
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
     "prefix": (PrefixEncoder,),
     "prompt": (PromptEmbedding, PromptEncoder),
+    "side": (SideNetwork, LadderSideNetwork),
 }
-_BESIDE_A_BASE = (*KINDS["lora"], KronALinear)
+_BESIDE_A_BASE = (*KINDS["lora"], *KINDS["side"], KronALinear)
 
 
 def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) -> dict[str, nn.Parameter]:
@@ -33,8 +35,8 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
     Args:
         model: a module that contains adapters.
         kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"composed"``, ``"kron"``, ``"lora"``, ``"prefix"``,
-            ``"prompt"``, or types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay
-            frozen, whatever their type.
+            ``"prompt"``, ``"side"``, or types of modules, for example ``nn.LayerNorm``. What LoRA, KronA and side networks
+            call ``base`` stays frozen, whatever its type.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
