@@ -14,6 +14,7 @@ from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention, PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
 from .route import route
+from .side import LadderSideNetwork, SideNetwork
 from .state import load_adapters, save_adapters
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "HyperWeights",
     "KronALinear",
     "KronLinear",
+    "LadderSideNetwork",
     "LoRABank",
     "LoRAEmbedding",
     "LoRALinear",
@@ -38,6 +40,7 @@ __all__ = [
     "PrefixEncoder",
     "PromptEmbedding",
     "PromptEncoder",
+    "SideNetwork",
     "Stacked",
     "Switched",
     "average_adapters",

@@ -16,6 +16,7 @@ from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder
+from .side import LadderSideNetwork, SideNetwork
 
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
@@ -27,8 +28,9 @@ KINDS = {
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
     "prefix": (PrefixEncoder,),
     "prompt": (PromptEmbedding, PromptEncoder),
+    "side": (SideNetwork, LadderSideNetwork),
 }
-_BESIDE_A_BASE = (*KINDS["lora"], KronALinear)
+_BESIDE_A_BASE = (*KINDS["lora"], *KINDS["side"], KronALinear)
 
 
 def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) -> dict[str, nn.Parameter]:
