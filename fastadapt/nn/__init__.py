@@ -3,16 +3,22 @@
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
+from .compose import Averaged, Stacked, Switched, average_adapters
 from .freeze import freeze_except
+from .fusion import AdapterFusion
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention, PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
+from .route import route
+from .state import load_adapters, save_adapters
 
 __all__ = [
     "AdapterBank",
+    "AdapterFusion",
+    "Averaged",
     "BottleneckAdapter",
     "CompacterAdapter",
     "KronALinear",
@@ -28,7 +34,13 @@ __all__ = [
     "PrefixEncoder",
     "PromptEmbedding",
     "PromptEncoder",
+    "Stacked",
+    "Switched",
+    "average_adapters",
     "freeze_except",
+    "load_adapters",
     "phm_rule",
     "prompt_inputs",
+    "route",
+    "save_adapters",
 ]

@@ -143,18 +143,24 @@ class BottleneckAdapter(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Adapt ``x`` ``(..., d)``; ``residual`` of the same shape takes the place of ``x`` as what the branch is added to."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, weight: float | Tensor | None = None) -> Tensor:
+        """Adapt ``x`` ``(..., d)``; ``residual`` of the same shape takes the place of ``x`` as what the branch is added to.
+
+        ``weight``, a number or a 0-d tensor, multiplies the branch.
+        """
         if residual is None and self.residual:
             residual = x
-        down, up, norm, scale = self.down, self.up, self.norm, self.scale
+        down, up, norm, scale, skip_weight = self.down, self.up, self.norm, self.scale, self.skip_weight
         if isinstance(scale, Tensor) and scale.numel() == 1:
             scale = scale.view(())
+        if weight is not None:
+            scale = scale * weight
+            skip_weight = None if skip_weight is None else skip_weight * weight
         return bottleneck(
             x, down.weight, up.weight, down_bias=down.bias, up_bias=up.bias, residual=residual, scale=scale,
             activation=self.activation, norm_weight=None if norm is None else norm.weight,
             norm_bias=None if norm is None else norm.bias, norm_eps=1e-5 if norm is None else norm.eps,
-            skip_weight=self.skip_weight, hidden_skip_weight=self.hidden_skip_weight, backend=self.backend,
+            skip_weight=skip_weight, hidden_skip_weight=self.hidden_skip_weight, backend=self.backend,
         )  # fmt: skip
 
     def options(self) -> dict:
@@ -195,8 +201,14 @@ class ParallelAdapter(nn.Module):
         # Models pass their hidden states by position or by the name that the layer gives them.
         self._input = next(iter(inspect.signature(layer.forward).parameters), "x")
 
-    def forward(self, *args, adapter_ids: Tensor | None = None, **kwargs):
-        """Call the layer with these arguments, the first being ``x``; ``adapter_ids`` go to an :class:`AdapterBank`."""
+    def forward(self, *args, adapter_ids: Tensor | str | None = None, **kwargs):
+        """Call the layer with these arguments, the first being ``x``.
+
+        ``adapter_ids`` go to an :class:`AdapterBank`. With ``"every"`` all its adapters stand beside the layer, which runs
+        once: in place of ``(..., d)`` comes ``(g, ..., d)``, for as many tasks at once.
+        """
+        if isinstance(adapter_ids, str) and (adapter_ids != "every" or not hasattr(self.adapter, "every")):
+            raise ValueError(f"adapter_ids must be a tensor, or 'every' with an AdapterBank, got {adapter_ids!r}")
         if not args and self._input not in kwargs:
             raise TypeError(f"{self._input} must be given, the input of the layer, got {tuple(kwargs)}")
         x = args[0] if args else kwargs[self._input]
@@ -204,8 +216,11 @@ class ParallelAdapter(nn.Module):
         first = out[0] if isinstance(out, tuple) and out else out
         if not isinstance(first, Tensor):
             raise TypeError(f"layer must return a tensor or a tuple that starts with one, got {type(out).__name__}")
-        ids = () if adapter_ids is None else (adapter_ids,)
-        y = self.adapter(x.to(first.dtype), *ids, residual=first)
+        if isinstance(adapter_ids, str):
+            y = self.adapter.every(x.to(first.dtype), residual=first)
+        else:
+            ids = () if adapter_ids is None else (adapter_ids,)
+            y = self.adapter(x.to(first.dtype), *ids, residual=first)
         if first is out:
             return y
         return type(out)._make((y, *out[1:])) if hasattr(out, "_make") else (y, *out[1:])

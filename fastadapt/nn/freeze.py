@@ -7,6 +7,8 @@ from torch import nn
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .compose import Averaged, Stacked, Switched
+from .fusion import AdapterFusion
 from .kron import KronALinear, KronLinear, PHMLinear
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
@@ -17,6 +19,8 @@ from .prompt import PromptEmbedding, PromptEncoder
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
     "compacter": (CompacterAdapter, PHMLinear),
+    "composed": (Averaged, Stacked, Switched),
+    "fusion": (AdapterFusion,),
     "kron": (KronALinear, KronLinear),
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
     "prefix": (PrefixEncoder,),
@@ -30,9 +34,9 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"kron"``, ``"lora"``, ``"prefix"``, ``"prompt"``, or types of
-            modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay frozen, whatever their
-            type.
+        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"composed"``, ``"fusion"``, ``"kron"``, ``"lora"``,
+            ``"prefix"``, ``"prompt"``, or types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call
+            ``base`` stay frozen, whatever their type, and so do the adapters that are fused.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
@@ -51,6 +55,8 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
             raise ValueError(f"model must have a module of the kind {kind!r}, got none")
         wanted.update(p for module in found for p in module.parameters())
     bases = {p for module in model.modules() if isinstance(module, _BESIDE_A_BASE) for p in module.base.parameters()}
+    fused = [module.adapters for module in model.modules() if isinstance(module, AdapterFusion)]
+    bases |= {p for adapters in fused for p in adapters.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in wanted - bases)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
