@@ -25,10 +25,7 @@ class Method(NamedTuple):
     around: Callable[..., nn.Module] | None = None  # (encoder, adapter modules, length) -> what runs it
     trains: Callable[[nn.Module], object] | None = None  # chooses among the encoder's own parameters, of which a run has a copy
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is one run: no kernel takes part."""
-        return not (self.attach or self.around)
+    alone: bool = False  # there is one run: no kernel takes part
 
 
 # The encoder's own activation. It is smooth: where ReLU's kink lies between two roundings, two runs soon drift apart.
@@ -162,10 +159,16 @@ def _mam(encoder: nn.Module, modules, p: int) -> nn.Module:
     return _prefixes(encoder, modules, p, hidden=HIDDEN)
 
 
+def _ladder(encoder: nn.Module, modules, r: int) -> nn.Module:
+    return fastadapt.nn.LadderSideNetwork(encoder, encoder.config.hidden_size)
+
+
 METHODS = {
-    "full": Method("full fine-tuning", 1e-4, trains=lambda encoder: encoder.requires_grad_(True)),
-    "head": Method("head only", 2e-2),
-    "bitfit": Method("BitFit: the encoder's own biases (Ben Zaken et al. 2022)", 3e-3, trains=fastadapt.nn.train_biases),
+    "full": Method("full fine-tuning", 1e-4, trains=lambda encoder: encoder.requires_grad_(True), alone=True),
+    "head": Method("head only", 2e-2, alone=True),
+    "bitfit": Method(
+        "BitFit: the encoder's own biases (Ben Zaken et al. 2022)", 3e-3, trains=fastadapt.nn.train_biases, alone=True
+    ),
     "standard": Method("standard: a bottleneck after the FFN (Pfeiffer et al. 2021)", 2e-3, _after_ffn),
     "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 1e-3, _after_both),
     "skip": Method("standard with a learned skip connection, skip_weight * x", 2e-3, _skip),
@@ -188,11 +191,12 @@ METHODS = {
     ),
     "mam": Method("mix and match: prefixes and parallel (He et al. 2022)", 1e-3, None, "prefix_length", around=_mam),
     "prompt": Method("prompt tuning: a prompt of vectors (Lester et al. 2021)", 1e-1, None, "prefix_length", around=_prompt),
+    "ladder": Method("a side network an eighth as wide (LST, Sung et al. 2022)", 3e-3, around=_ladder, alone=True),
 }  # fmt: skip
 
 
 # What runs without --all: one method or two of each kind.
-USUAL = ["head", "bitfit", "standard", "parallel", "compact++", "lora", "lora-drop", "lora-all", "prefix", "mam"]
+USUAL = ["head", "bitfit", "standard", "parallel", "compact++", "lora", "lora-drop", "lora-all", "prefix", "mam", "ladder"]
 OF_KRONECKER_PRODUCTS = [name for name, method in METHODS.items() if method.shared is _rule]
 # The methods that peft has and accelerate makes faster.
 OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"] + ["prefix", "ptuning-2"]
