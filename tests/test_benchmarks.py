@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import hyper, report, run
+from benchmarks import report, run, tasks
 from benchmarks.agreement import Judge, disagreement
 from benchmarks.contestants import Contestant, backends, differentiated, enter, quiet
 from benchmarks.memory import saved_extra
@@ -155,9 +155,11 @@ def test_a_wrong_random_contestant_is_seen(planted, edit, message):
 
 
 @pytest.mark.slow
-def test_generated_adapters_beside_a_batch_split_by_task_and_a_training_step():
-    assert hyper.mixed(12, seconds=0.0)[-1].endswith(" x")
-    assert hyper.generation(12, seconds=0.0)[-1].endswith("%")
+def test_several_tasks(monkeypatch, capsys):
+    for name, value in {"LAYERS": 2, "D": 24, "B": 4, "T": 8, "RANKS": (4,)}.items():
+        monkeypatch.setattr(tasks, name, value)
+    tasks.main(["--seconds", "0", "--threads", str(torch.get_num_threads())])
+    assert len(re.findall(r"\d x$", capsys.readouterr().out, re.MULTILINE)) == 3
 
 
 def test_saved_memory_counts_each_once_and_not_what_is_held():

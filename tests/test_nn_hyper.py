@@ -234,9 +234,16 @@ def test_ids_reach_the_sites():
     y = site(x)
     torch.testing.assert_close(y[[0, 3]], first[[0, 3]])
     assert torch.equal(y[1], x[1])
-    hyper.set_ids(None)
+    outer = hyper.set_ids("cola")
+    assert torch.equal(site(x), first) and hyper.set_ids(outer)[1][1].adapter_ids is None
+    assert torch.equal(site(x), y)
+    assert hyper.set_ids(None) is outer
     with pytest.raises(RuntimeError, match="has no weights"):
         site(x)
+    with torch.no_grad():
+        served = hyper("cola")
+    with Products() as products, hyper.use(served):
+        assert torch.equal(site(x), first) and products.count == 0
 
 
 def test_tasks_that_come_later():
@@ -334,6 +341,7 @@ def test_bad_input():
         (lambda: hyper.add_task("training"), ValueError, "a task's name must be a string .*got 'training'"),
         (lambda: hyper.add_task(4), ValueError, "a task's name must be a string .*got 4"),
         (lambda: hyper([0, 1]), TypeError, "adapter_ids must be an integer tensor, .*got list"),
+        (lambda: hyper.set_ids(("cola", "sst2")), TypeError, "adapter_ids must be an integer tensor, .*got tuple"),
         (lambda: hyper(torch.ones(4)), TypeError, "adapter_ids must be an integer tensor, .*got torch.float32"),
         (lambda: hyper.site(2, 0), IndexError, r"layer must lie in \[0, 1\], got 2"),
         (lambda: hyper.site(0, -1), IndexError, r"position must lie in \[0, 1\], got -1"),

@@ -31,6 +31,9 @@ class HyperWeights(NamedTuple):
     adapter_ids: Tensor | None
 
 
+Generated = tuple[tuple[HyperWeights, ...], ...]  # [layer][position]
+
+
 class HyperAdapter(nn.Module):
     """Adapters of many tasks for a whole model, generated from embeddings of task, layer and position by one network.
 
@@ -107,7 +110,7 @@ class HyperAdapter(nn.Module):
             self._new_task(name)
         if not self.task_embeddings:
             raise ValueError("tasks must be a number or the names of at least one task, got none")
-        self._weights = None
+        self._weights: Generated | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -192,7 +195,7 @@ class HyperAdapter(nn.Module):
             return embeddings[adapter_ids.long().clamp(0, n - 1)], torch.where(known, places, adapter_ids)
         return embeddings, adapter_ids
 
-    def forward(self, adapter_ids: Tensor | str | int) -> tuple[tuple[HyperWeights, ...], ...]:
+    def forward(self, adapter_ids: Tensor | str | int) -> Generated:
         """Generate the adapters of all places, to be found as ``weights[layer][position]``.
 
         Args:
@@ -205,7 +208,7 @@ class HyperAdapter(nn.Module):
             tasks, adapter_ids = self._select(adapter_ids)
             return self._generate(tasks, adapter_ids)
 
-    def _generate(self, tasks: Tensor, adapter_ids: Tensor | None) -> tuple[tuple[HyperWeights, ...], ...]:
+    def _generate(self, tasks: Tensor, adapter_ids: Tensor | None) -> Generated:
         grid = self.layers, self.positions, len(tasks), self.embedding
         layers, positions = self.layer_embedding.weight, self.position_embedding.weight
         parts = tasks.expand(grid), layers[:, None, None].expand(grid), positions[:, None].expand(grid)
@@ -248,17 +251,21 @@ class HyperAdapter(nn.Module):
         return torch.addcmul(residual + norm_bias, norm_weight, F.layer_norm(y, (self.d,), eps=self.norm_eps)).to(x.dtype)
 
     @contextmanager
-    def use(self, adapter_ids: Tensor | str | int) -> Iterator[tuple[tuple[HyperWeights, ...], ...]]:
-        """Inside ``with hyper.use(adapter_ids):`` the sites run with what :meth:`forward` generates for these ids, once."""
-        before, self._weights = self._weights, self(adapter_ids)
+    def use(self, adapter_ids: Tensor | str | int | Generated) -> Iterator[Generated]:
+        """Inside ``with hyper.use(adapter_ids):`` the sites run with what :meth:`forward` generates for these ids, once, or
+        with what it has generated before: for a task that is served, once and for all."""
+        before = self.set_ids(adapter_ids)
         try:
             yield self._weights
         finally:
             self._weights = before
 
-    def set_ids(self, adapter_ids: Tensor | str | int | None) -> None:
-        """Generate for ``adapter_ids`` now and let the sites use that until the next call; None drops it."""
-        self._weights = None if adapter_ids is None else self(adapter_ids)
+    def set_ids(self, adapter_ids: Tensor | str | int | Generated | None) -> Generated | None:
+        """What :meth:`use` does, until the next call; None: the sites have no weights. Returns what the sites had before."""
+        before = self._weights
+        generated = isinstance(adapter_ids, tuple) and all(isinstance(layer, tuple) for layer in adapter_ids)
+        self._weights = adapter_ids if generated or adapter_ids is None else self(adapter_ids)
+        return before
 
     def site(self, layer: int, position: int = 0) -> "HyperSite":
         """A module without parameters that adapts its input at this place of the model."""

@@ -1,4 +1,4 @@
-"""Adapters from a hypernetwork: what generating them costs, and a batch of mixed tasks: ``python -m benchmarks.hyper``."""
+"""Several tasks in one model: mixed batches, generated adapters, two heads on one pass: ``python -m benchmarks.tasks``."""
 
 import argparse
 from functools import partial
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadapt.nn import HyperAdapter, HyperWeights
+from fastadapt.nn import AdapterBank, BottleneckAdapter, HyperAdapter, HyperWeights, ParallelAdapter
 from fastadapt.ops.bottleneck import ACTIVATIONS
 
 from .machine import cores
@@ -25,12 +25,16 @@ def make(r: int) -> tuple[HyperAdapter, Tensor]:
     return hyper, torch.arange(B) % TASKS
 
 
-def encoder(hyper: HyperAdapter) -> nn.Module:
-    """A frozen BERT of MiniLM's sizes, its weights random, with the adapters of a hypernetwork after both of its sublayers."""
+def encoder() -> nn.Module:
+    """A frozen BERT of MiniLM's sizes, its weights random."""
     from transformers import BertConfig, BertModel
 
-    model = BertModel(BertConfig(hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=12, intermediate_size=4 * D))
-    model.requires_grad_(False)
+    config = BertConfig(hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=12, intermediate_size=4 * D)
+    return BertModel(config, add_pooling_layer=False).requires_grad_(False)
+
+
+def with_sites(model: nn.Module, hyper: HyperAdapter) -> nn.Module:
+    """Put the adapters of a hypernetwork after both sublayers of each layer."""
     for i, layer in enumerate(model.encoder.layer):
         for position, sublayer in enumerate((layer.attention.output, layer.output)):
             sublayer.dense = nn.Sequential(sublayer.dense, hyper.site(i, position))
@@ -44,7 +48,7 @@ def flat(weights: tuple[tuple[HyperWeights, ...], ...]) -> list[Tensor]:
 def generation(r: int, seconds: float) -> list[str]:
     """Generating all weights, forward and backward, beside the training step that uses them."""
     hyper, ids = make(r)
-    model, head = encoder(hyper), nn.Linear(D, 2)
+    model, head = with_sites(encoder(), hyper), nn.Linear(D, 2)
     tokens = torch.randint(model.config.vocab_size, (B, T))
     grads = [torch.randn_like(value) for value in flat(hyper(ids))]
     optimizer = torch.optim.AdamW([*hyper.parameters(), *head.parameters()])
@@ -94,8 +98,46 @@ def mixed(r: int, seconds: float) -> list[str]:
     return [str(r), f"{one:.2f}", f"{split:.2f}", f"{split / one:.2f} x"]
 
 
+def heads(seconds: float) -> list[list[str]]:
+    """A sentence is classified and its tokens tagged on one frozen encoder, with adapters beside its last layer: one pass for
+    both tasks against one for the sentence alone."""
+    model, r = encoder(), RANKS[-1]
+    *layers, last = model.encoder.layer
+    model.encoder.layer = nn.ModuleList(layers)
+    both = ParallelAdapter(last, AdapterBank(2, D, r, init_std=1e-2))
+    one = ParallelAdapter(last, BottleneckAdapter(D, r, init_std=1e-2))
+    sentence, token = nn.Linear(D, 2), nn.Linear(D, 9)
+    tokens, tags = torch.randint(model.config.vocab_size, (B, T)), torch.randint(9, (B * T,))
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
+    def below():
+        with torch.no_grad():
+            return model(tokens).last_hidden_state
+
+    def classify():
+        return F.cross_entropy(sentence(first(one(below()))[:, 0]), tags[:B] % 2)
+
+    def classify_and_tag():
+        classified, tagged = first(both(below(), adapter_ids="every"))
+        loss = F.cross_entropy(sentence(classified[:, 0]), tags[:B] % 2)
+        return loss + F.cross_entropy(token(tagged).flatten(0, 1), tags)
+
+    calls = {
+        "forward": [torch.no_grad()(call) for call in (classify, classify_and_tag)],
+        "forward+backward": [lambda call=call: call().backward() for call in (classify, classify_and_tag)],
+    }
+    rows = []
+    for name, (one_task, two_tasks) in calls.items():
+        times = interleave({"one": one_task, "two": two_tasks}, WallTimer(), seconds)
+        one_ms, two_ms = (times[which].median * 1e3 for which in ("one", "two"))
+        rows.append([name, f"{one_ms:.1f}", f"{two_ms:.1f}", f"{two_ms / one_ms:.3f} x"])
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hyper", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
     parser.add_argument("--threads", type=int, default=cores(), help="threads on the CPU (all cores)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for a row")
     args = parser.parse_args(argv)
@@ -107,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nadapters of {LAYERS} layers x {POSITIONS} positions x {TASKS} tasks, forward+backward, {batch}")
     header = ["rank", "generating ms", "training step ms", "share"]
     print_rows([header, *(generation(r, args.seconds) for r in RANKS)])
+    print(f"\nadapters and heads of two tasks on one frozen encoder, {B} sequences of {T} tokens, {args.threads} threads")
+    print_rows([["pass", "one task ms", "two tasks ms", "ratio"], *heads(args.seconds)])
 
 
 if __name__ == "__main__":
