@@ -1,8 +1,11 @@
 """Adapter layers whose forward pass is one kernel."""
 
+from .attach import attach
 from .bank import AdapterBank
+from .bitfit import train_biases
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
+from .count import trainable_parameters
 from .freeze import freeze_except
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
@@ -29,8 +32,11 @@ __all__ = [
     "PrefixEncoder",
     "PromptEmbedding",
     "PromptEncoder",
+    "attach",
     "freeze_except",
     "phm_rule",
     "prompt_inputs",
     "route",
+    "train_biases",
+    "trainable_parameters",
 ]
