@@ -6,6 +6,7 @@ from .bitfit import train_biases
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
 from .count import trainable_parameters
+from .drop import drop_adapters
 from .freeze import freeze_except
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
@@ -33,6 +34,7 @@ __all__ = [
     "PromptEmbedding",
     "PromptEncoder",
     "attach",
+    "drop_adapters",
     "freeze_except",
     "phm_rule",
     "prompt_inputs",
