@@ -8,6 +8,7 @@ from .compacter import CompacterAdapter
 from .count import trainable_parameters
 from .drop import drop_adapters
 from .freeze import freeze_except
+from .hyper import HyperAdapter, HyperSite, HyperWeights
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
@@ -20,6 +21,9 @@ __all__ = [
     "AdapterBank",
     "BottleneckAdapter",
     "CompacterAdapter",
+    "HyperAdapter",
+    "HyperSite",
+    "HyperWeights",
     "KronALinear",
     "KronLinear",
     "LoRABank",

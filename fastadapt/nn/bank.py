@@ -108,6 +108,19 @@ class AdapterBank(Routed):
             y = torch.addcmul(y, weight, x)
         return y
 
+    def every(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What each of the ``g`` adapters makes of ``x`` ``(..., d)``: ``(g, ..., d)``, in one call that copies no ``x``.
+
+        Args:
+            x: ``(..., d)``.
+            residual: shape of ``x``; takes the place of ``x`` as what each branch is added to.
+        """
+        each = x.expand(self.g, *x.shape)
+        if residual is not None:
+            residual = each if residual is x else residual.expand(self.g, *residual.shape)
+        # Made anew in each call: a buffer that isn't in the state_dict would be lost between the meta device and a checkpoint.
+        return self(each, torch.arange(self.g, device=x.device), residual)
+
     def _index(self, i: int) -> int:
         if not isinstance(i, int) or isinstance(i, bool):
             raise TypeError(f"i must be an integer, got {type(i).__name__}")

@@ -7,6 +7,7 @@ from torch import nn
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .hyper import HyperAdapter
 from .kron import KronALinear, KronLinear, PHMLinear
 from .lora import LoRAEmbedding, LoRALinear, is_conv1d
 from .lora_attention import LoRAMultiheadAttention
@@ -17,6 +18,7 @@ from .prompt import PromptEmbedding, PromptEncoder
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
     "compacter": (CompacterAdapter, PHMLinear),
+    "hyper": (HyperAdapter,),
     "kron": (KronALinear, KronLinear),
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
     "prefix": (PrefixEncoder,),
@@ -65,9 +67,10 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"kron"``, ``"lora"``, ``"prefix"``, ``"prompt"``, or types of
-            modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay frozen, whatever their
-            type, unless ``"bitfit"`` is among the kinds, which means all biases, see :func:`train_biases`.
+        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"hyper"``, ``"kron"``, ``"lora"``, ``"prefix"``,
+            ``"prompt"``, or types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay
+            frozen, whatever their type, unless ``"bitfit"`` is among the kinds, which means all biases, see
+            :func:`train_biases`.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
