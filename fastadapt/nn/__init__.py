@@ -1,9 +1,13 @@
 """Adapter layers whose forward pass is one kernel."""
 
+from .attach import attach
 from .bank import AdapterBank
+from .bitfit import train_biases
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
 from .compose import Averaged, Stacked, Switched, average_adapters
+from .count import trainable_parameters
+from .drop import drop_adapters
 from .freeze import freeze_except
 from .fusion import AdapterFusion
 from .hyper import HyperAdapter, HyperSite, HyperWeights
@@ -44,10 +48,14 @@ __all__ = [
     "Stacked",
     "Switched",
     "average_adapters",
+    "attach",
+    "drop_adapters",
     "freeze_except",
     "load_adapters",
     "phm_rule",
     "prompt_inputs",
     "route",
     "save_adapters",
+    "train_biases",
+    "trainable_parameters",
 ]
