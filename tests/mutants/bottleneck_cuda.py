@@ -7,7 +7,7 @@ TILES, ROWS, FWD = HEADERS + "tiles.cuh", HEADERS + "rows.cuh", HEADERS + "bottl
 BWD, GRADIENTS = HEADERS + "bottleneck_backward.cuh", HEADERS + "bottleneck_gradients.cuh"
 COMMON_PLAN = HEADERS + "plan.cuh"
 PLAN, PLAN_BWD = HEADERS + "bottleneck_plan.cuh", HEADERS + "bottleneck_plan_backward.cuh"
-CALL, BANK, PLANES = HEADERS + "call.h", HEADERS + "bank.cuh", HEADERS + "planes.cuh"
+CALL, BANK, SUMS = HEADERS + "call.h", HEADERS + "bank.cuh", HEADERS + "sums.cuh"
 CU, HARDWARE = HEADERS + "bottleneck.cu", HEADERS + "hardware.cuh"
 # What costs here is the compiler: one dtype is enough.
 ONLY_BFLOAT16 = tuple((CALL, f"plan({other}{{}}, device)", "plan(bf16{}, device)") for other in ("float", "f16"))
@@ -221,7 +221,7 @@ MUTANTS = (
     Mutant(
         "sums of grad_y in 16 bits", "sum in 16 bits", {ALONE_FLOAT32: GRAD.format("up_bias")},
         [(
-            PLANES,
+            SUMS,
             "    sum.x += (part[0].x + part[1].x) + (part[2].x + part[3].x);\n",
             "    sum.x = to_float(from_float<bf16>(sum.x + (part[0].x + part[1].x) + (part[2].x + part[3].x)));\n",
         )],

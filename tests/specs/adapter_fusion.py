@@ -38,7 +38,7 @@ CASES = (
     case("small", shape=(5, 36), g=3, scale=0.5),
     case("one", shape=(1, 1), g=1),
     case("empty", shape=(0, 8), g=2),
-    case("vector", shape=(40,), g=3),
+    case("vector", shape=(42,), g=3),
     case("one-adapter", shape=(19, 40), g=1, shared=True),
     case("two", shape=(19, 64), g=2, shared=True),
     case("m33-d65-r17", shape=(33, 65), g=7),
@@ -180,5 +180,6 @@ SPEC = OpSpec(
     planted=(  # rows of a multiple of 16 columns, which asynchronous copies fetch
         case("looped", shape=(70, 208), g=9, **EVERYTHING),
         case("looped-shared", shape=(70, 608), g=9, shared=True, scale="0-d"),
+        case("looped-wide", shape=(3, 2064), g=9, **EVERYTHING),
     ),
 )  # fmt: skip
