@@ -23,8 +23,6 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 DEVICES = {"large-tiles": {"multiprocessors": 1, "schedule": 0}, "small-tiles": {"multiprocessors": 64, "schedule": 1}}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = emulated.ops()
-module = functools.cache(emulated.module)
-program = functools.cache(emulated.program)
 emulated_check = functools.partial(check, backend="native", unit="matrix")
 
 
@@ -34,7 +32,7 @@ def emulate(monkeypatch):
     monkeypatch.setattr(numerics, "DEVICE", "cpu")
 
     def install(op="bottleneck", call=None, **settings):
-        stable.install(monkeypatch, SPECS[op], (call or module(op)).with_settings(**settings))
+        stable.install(monkeypatch, SPECS[op], (call or emulated.module(op)).with_settings(**settings))
         return SPECS[op]
 
     return install
@@ -103,7 +101,7 @@ def test_no_schedule_changes_a_bit(emulate, op, case, dtype):
 def sanitized(sanitizer, op, sources=CUDA):
     if reason := stable.unusable(sanitizer):
         pytest.skip(reason)
-    return program(op, sanitizer, sources)
+    return emulated.program(op, sanitizer, sources)
 
 
 @pytest.mark.parametrize("sanitizer", ("address", "thread"))
