@@ -60,7 +60,7 @@ def test_deterministic(spec, backend, case, dtype):
 
 
 @pytest.mark.slow
-@over(dtypes=(torch.float32, torch.bfloat16))
+@over(dtypes=(torch.float32, torch.bfloat16), turns=INTERPRET)
 def test_every_case_is_deterministic(spec, backend, case, dtype):
     assert_deterministic(spec, backend, case, dtype)
 

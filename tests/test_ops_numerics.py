@@ -22,7 +22,7 @@ def test_rounds_where_the_docstring_says(spec, backend, case, dtype):
 
 
 @pytest.mark.slow
-@over(cases=numerics.wide, dtypes=NARROW)
+@over(cases=numerics.wide, dtypes=NARROW, turns=INTERPRET)
 def test_every_case_rounds_where_the_docstring_says(spec, backend, case, dtype):
     numerics.rounds_where_documented(spec, backend, case, dtype, elements=4000 if INTERPRET else 20_000)
 
@@ -118,7 +118,7 @@ def test_fuzz(op, backend, data):
 
 @pytest.mark.slow
 @calls
-@examples(150 if INTERPRET else 500)
+@examples(100 if INTERPRET else 500)
 @hypothesis.given(data=st.data())
 def test_long_fuzz(op, backend, data):
     fuzz(op, backend, data)
