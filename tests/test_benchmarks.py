@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import report, run
+from benchmarks import report, run, tasks
 from benchmarks.agreement import Judge, disagreement
 from benchmarks.contestants import Contestant, backends, differentiated, enter, quiet
 from benchmarks.memory import saved_extra
@@ -152,6 +152,14 @@ def test_a_wrong_random_contestant_is_seen(planted, edit, message):
     assert judge.fault(Contestant(lambda: lora_by_hand(**arguments), tensors), grad_y) is None
     fault = judge.fault(Contestant(lambda: planted(**{**arguments, **edit}), tensors), grad_y)
     assert fault is None if message is None else re.match(message, fault), fault
+
+
+@pytest.mark.slow
+def test_several_tasks(monkeypatch, capsys):
+    for name, value in {"LAYERS": 2, "D": 24, "B": 4, "T": 8, "RANKS": (4,)}.items():
+        monkeypatch.setattr(tasks, name, value)
+    tasks.main(["--seconds", "0", "--threads", str(torch.get_num_threads())])
+    assert len(re.findall(r"\d x$", capsys.readouterr().out, re.MULTILINE)) == 3
 
 
 def test_saved_memory_counts_each_once_and_not_what_is_held():

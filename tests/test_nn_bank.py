@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadapt.nn import AdapterBank, BottleneckAdapter
+from fastadapt.nn import AdapterBank, BottleneckAdapter, ParallelAdapter
 
 from .test_nn import DEVICE, D, G, R, assert_within_reference_error, gradients, over_options, plain, pooled, randomised
 
@@ -37,10 +37,11 @@ def through(ids):
     return lambda bank, x, *residual: bank(x, ids, *residual)
 
 
-def stacked(grads, name):
-    """The pooled gradients of single adapters as a bank has them: ``down_weight`` is ``i.down.weight`` for every ``i``."""
+def stacked(grads, name, dim=1):
+    """The gradients of single adapters as a bank has them: ``down_weight`` is ``i.down.weight`` for every ``i``, stacked along
+    ``dim``, the second one where gradients are pooled."""
     single = name if "skip" in name or "_" not in name else name.replace("_", ".")
-    return torch.stack([grads[f"{i}.{single}"] for i in range(G)], 1)
+    return torch.stack([grads[f"{i}.{single}"] for i in range(G)], dim)
 
 
 IDS = {
@@ -140,3 +141,54 @@ def test_float32_bank_serves_bfloat16_activations(options):
     assert y.dtype == torch.bfloat16
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(bank(x, ids), y)
+
+
+@over_options
+def test_every_adapter_on_the_same_input(options):
+    """Outputs and gradients of ``g`` adapters in one call, with and without a residual and with ``x`` given as one."""
+    bank = randomised(AdapterBank(G, D, R, **options))
+    double = copy.deepcopy(bank).double()
+    singles = nn.ModuleList(double.adapter(i) for i in range(G))
+    x, residual = torch.randn(2, 4, 3, D, device=DEVICE)
+    grad_y = torch.randn(G, 4, 3, D, device=DEVICE)
+    for inputs in ((x,), (x, residual)):
+        doubles = [t.double() for t in inputs]
+        oracle = gradients(lambda m, *i: torch.stack([plain(single, *i) for single in m]), singles, grad_y.double(), *doubles)
+        folded = gradients(lambda m, *i: m.every(*i), double, grad_y.double(), *doubles)
+        for name, value in folded.items():
+            exact = oracle[name] if name in oracle else stacked(oracle, name, 0)
+            torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
+    ids = torch.arange(G, device=DEVICE)
+    copies = x.repeat(G, 1, 1, 1)
+    assert torch.equal(bank.every(x), bank(copies, ids))
+    assert torch.equal(bank.every(x, residual), bank(copies, ids, residual.repeat(G, 1, 1, 1)))
+    assert torch.equal(bank.every(x, x), bank(copies, ids, copies))
+    assert torch.equal(bank.every(x[0, 0]), bank(copies[:, 0, 0], ids))
+
+
+def test_every_adapter_reads_one_x():
+    """What is saved for the backward pass is ``x`` itself, and nothing else of its size."""
+    bank = randomised(AdapterBank(G, D, R))
+    x, kept = torch.randn(64, 7, D, device=DEVICE, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = bank.every(x)
+    large = [t for t in kept if t.numel() >= x.numel()]
+    assert y.shape == (G, 64, 7, D) and len(large) == 1
+    assert large[0].data_ptr() == x.data_ptr() and large[0].stride() == (0, *x.stride())
+
+
+def test_every_adapter_beside_one_run_of_a_layer():
+    """Two tasks, two heads, one pass of the frozen layer."""
+    runs = []
+    layer = nn.Linear(D, D, device=DEVICE).requires_grad_(False)
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    bank = randomised(AdapterBank(2, D, R, residual=False))
+    wrapped = ParallelAdapter(layer, bank)
+    x = torch.randn(4, 3, D, device=DEVICE)
+    y = wrapped(x, adapter_ids="every")
+    assert len(runs) == 1
+    for i in range(2):
+        torch.testing.assert_close(y[i], ParallelAdapter(layer, bank.adapter(i))(x))
+    for adapter, ids in ((bank, "all"), (bank.adapter(0), "every")):
+        with pytest.raises(ValueError, match=f"adapter_ids must be a tensor, or 'every' with an AdapterBank, got '{ids}'"):
+            ParallelAdapter(layer, adapter)(x, adapter_ids=ids)

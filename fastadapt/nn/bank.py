@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from ..ops.bottleneck import bottleneck
 from .bottleneck import BottleneckAdapter, check_options, check_size, init_pair
+from .route import Routed
 
 
-class AdapterBank(nn.Module):
+class AdapterBank(Routed):
     """``g`` bottleneck adapters of one shape, chosen per row by ``adapter_ids``, for training and inference.
 
     Row ``j`` of the output is what :class:`BottleneckAdapter` number ``adapter_ids[j]`` gives for row ``j`` of ``x``; a row of
@@ -66,16 +67,16 @@ class AdapterBank(nn.Module):
             if isinstance(one, Tensor):
                 one.fill_(1.0)
 
-    def forward(self, x: Tensor, adapter_ids: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Adapt ``x`` ``(..., d)`` row by row.
 
         Args:
             x: ``(..., d)``.
             adapter_ids: integers from -1 (no adapter) to ``g - 1``, one for each entry of the leading dim of ``x`` (a
-                sequence) or of all its leading dims (a token).
+                sequence) or of all its leading dims (a token). None: those of :func:`route`.
             residual: shape of ``x``; takes the place of ``x`` as what the branch is added to.
         """
-        options = self._options
+        options, adapter_ids = self._options, self._chosen(adapter_ids)
         if residual is None and options["residual"]:
             residual = x
         down_weight, down_bias, norm_weight = self.down_weight, self.down_bias, None
@@ -106,6 +107,19 @@ class AdapterBank(nn.Module):
             weight = weight.view(rows.shape + (1,) * (x.dim() - 1 - rows.dim()) + (self.d,))
             y = torch.addcmul(y, weight, x)
         return y
+
+    def every(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What each of the ``g`` adapters makes of ``x`` ``(..., d)``: ``(g, ..., d)``, in one call that copies no ``x``.
+
+        Args:
+            x: ``(..., d)``.
+            residual: shape of ``x``; takes the place of ``x`` as what each branch is added to.
+        """
+        each = x.expand(self.g, *x.shape)
+        if residual is not None:
+            residual = each if residual is x else residual.expand(self.g, *residual.shape)
+        # Made anew in each call: a buffer that isn't in the state_dict would be lost between the meta device and a checkpoint.
+        return self(each, torch.arange(self.g, device=x.device), residual)
 
     def _index(self, i: int) -> int:
         if not isinstance(i, int) or isinstance(i, bool):

@@ -17,6 +17,12 @@ def check_size(name: str, value) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_init_std(init_std: float | None) -> float | None:
+    if init_std is not None and not (isinstance(init_std, Real) and init_std > 0):
+        raise ValueError(f"init_std must be None or a positive number, got {init_std!r}")
+    return init_std
+
+
 def check_options(activation, norm, residual, scale, skip, bias, init_std, backend) -> float | str:
     """Refuse what no adapter can be built from; return ``scale`` as a float or its name."""
     for name, value, allowed in (
@@ -30,8 +36,7 @@ def check_options(activation, norm, residual, scale, skip, bias, init_std, backe
     for name, value in (("residual", residual), ("bias", bias)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-    if init_std is not None and not (isinstance(init_std, Real) and init_std > 0):
-        raise ValueError(f"init_std must be None or a positive number, got {init_std!r}")
+    check_init_std(init_std)
     if isinstance(scale, str):
         if scale not in ("learned", "channel"):
             raise ValueError(f"scale must be a number, 'learned' or 'channel', got {scale!r}")
@@ -201,8 +206,14 @@ class ParallelAdapter(nn.Module):
         # Models pass their hidden states by position or by the name that the layer gives them.
         self._input = next(iter(inspect.signature(layer.forward).parameters), "x")
 
-    def forward(self, *args, adapter_ids: Tensor | None = None, **kwargs):
-        """Call the layer with these arguments, the first being ``x``; ``adapter_ids`` go to an :class:`AdapterBank`."""
+    def forward(self, *args, adapter_ids: Tensor | str | None = None, **kwargs):
+        """Call the layer with these arguments, the first being ``x``.
+
+        ``adapter_ids`` go to an :class:`AdapterBank`. With ``"every"`` all its adapters stand beside the layer, which runs
+        once: in place of ``(..., d)`` comes ``(g, ..., d)``, for as many tasks at once.
+        """
+        if isinstance(adapter_ids, str) and (adapter_ids != "every" or not hasattr(self.adapter, "every")):
+            raise ValueError(f"adapter_ids must be a tensor, or 'every' with an AdapterBank, got {adapter_ids!r}")
         if not args and self._input not in kwargs:
             raise TypeError(f"{self._input} must be given, the input of the layer, got {tuple(kwargs)}")
         x = args[0] if args else kwargs[self._input]
@@ -210,8 +221,11 @@ class ParallelAdapter(nn.Module):
         first = out[0] if isinstance(out, tuple) and out else out
         if not isinstance(first, Tensor):
             raise TypeError(f"layer must return a tensor or a tuple that starts with one, got {type(out).__name__}")
-        ids = () if adapter_ids is None else (adapter_ids,)
-        y = self.adapter(x.to(first.dtype), *ids, residual=first)
+        if isinstance(adapter_ids, str):
+            y = self.adapter.every(x.to(first.dtype), residual=first)
+        else:
+            ids = () if adapter_ids is None else (adapter_ids,)
+            y = self.adapter(x.to(first.dtype), *ids, residual=first)
         if first is out:
             return y
         return type(out)._make((y, *out[1:])) if hasattr(out, "_make") else (y, *out[1:])

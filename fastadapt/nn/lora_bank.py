@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from ..ops.lora_linear import lora_linear
 from .bottleneck import check_size
 from .lora import LoRALinear, adapter_dtype, check_options, linear_sizes
+from .route import Routed
 
 
-class LoRABank(nn.Module):
+class LoRABank(Routed):
     """A frozen linear layer and ``g`` slots for LoRA adapters, chosen per row by ``adapter_ids``, for training and inference.
 
     Row ``j`` of the output is what the :class:`LoRALinear` in slot ``adapter_ids[j]`` gives for row ``j`` of ``x``; a row of id
@@ -64,18 +65,18 @@ class LoRABank(nn.Module):
         """The slots that hold an adapter."""
         return self.ranks.nonzero().flatten().tolist()
 
-    def forward(self, x: Tensor, adapter_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """``(..., k)`` to ``(..., n)``.
 
         Args:
             x: ``(..., k)``.
             adapter_ids: integers from -1 (no adapter) to ``g - 1``, one for each entry of the leading dim of ``x`` (a
-                sequence) or of all its leading dims (a token).
+                sequence) or of all its leading dims (a token). None: those of :func:`route`.
         """
         return lora_linear(
             x, self.base.weight.T if self._transposed else self.base.weight, self.base.bias, self.lora_A, self.lora_B,
             scale=self.scale.double() if self.lora_A.dtype == torch.float64 else self.scale,
-            dropout_p=self.dropout if self.training else 0.0, lora_bias=self.lora_bias, adapter_ids=adapter_ids,
+            dropout_p=self.dropout if self.training else 0.0, lora_bias=self.lora_bias, adapter_ids=self._chosen(adapter_ids),
             check_ids=self.check_ids, backend=self.backend,
         )  # fmt: skip
 

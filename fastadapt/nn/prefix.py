@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._leaf import BACKENDS
 from ..ops.prefix_attention import prefix_attention
 from .bottleneck import check_size
+from .route import Routed
 
 GATES = (None, "per_head", "scalar")
 
@@ -120,7 +121,7 @@ class PrefixEncoder(nn.Module):
         return f"h_kv={self.h_kv}, p={self.p}, e={self.e}, layers={self.layers}, dropout={self.dropout}, gate={gate}"
 
 
-class PrefixAttention(nn.Module):
+class PrefixAttention(Routed):
     """Multi-head attention with learned prefixes, run by :func:`fastadapt.prefix_attention`.
 
     Prefixes have names. One of them, the active one, serves the whole batch; with ``adapter_ids`` each row has its own. A new
@@ -233,6 +234,8 @@ class PrefixAttention(nn.Module):
         return Prefix(torch.stack(keys), torch.stack(values), torch.ones_like(gates[0]), adapter_ids)
 
     def _prefix(self, x: Tensor, adapter_ids: Tensor | None) -> Prefix:
+        if adapter_ids is None and len(self.prefixes):
+            adapter_ids = self._ids  # of a whole model, where other layers may have the prefixes
         if adapter_ids is not None and len(self.prefixes):
             return self._bank(adapter_ids)
         if adapter_ids is None and self.active is not None:
@@ -256,6 +259,7 @@ class PrefixAttention(nn.Module):
             past: keys and values ``(b, h_kv, s, e)`` of earlier positions, which come before those of ``x``.
             use_cache: return keys and values too, what the next call takes as ``past``. The prefix isn't among them.
             adapter_ids: ``(b,)`` the prefix of each row, see :meth:`ids`; -1 for none. All prefixes have to be of one length.
+                None: those of :func:`route`, or the active prefix for all rows.
             prefix: one to use instead of those of the module, for example from a :class:`PrefixEncoder` of several layers.
 
         Returns:
