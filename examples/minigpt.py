@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,89 +105,44 @@ class Method(NamedTuple):
     kinds: tuple[str, ...] = ()  # what is trained, see fastadapt.nn.freeze_except
 
 
-def _in_blocks(change: Callable[..., None], **shared: Callable) -> Callable[[MiniGPT, int], None]:
-    """Change every block; ``shared`` makes what all of them have in common."""
-
-    def attach(model: MiniGPT, r: int) -> None:
-        made = {name: make() for name, make in shared.items()}
-        for block in model.trunk.blocks:
-            change(block, model.d, r, **made)
-
-    return attach
+def _attached(name: str, sizes: tuple[str, ...] = ("r",), **options) -> Callable[[MiniGPT, int], object]:
+    """A method of ``fastadapt.nn.attach``; ``sizes`` are those of its options that are the rank."""
+    return lambda model, r: adapters.attach(model, name, **dict.fromkeys(sizes, r), **options)
 
 
-def _bottleneck(block: Block, d: int, r: int) -> None:
-    block.ffn = nn.Sequential(block.ffn, adapters.BottleneckAdapter(d, r, activation="gelu"))
-
-
-def _houlsby(block: Block, d: int, r: int) -> None:
-    block.attention.o_proj = nn.Sequential(block.attention.o_proj, adapters.BottleneckAdapter.houlsby(d, r))
-    block.ffn = nn.Sequential(block.ffn, adapters.BottleneckAdapter.houlsby(d, r))
-
-
-def _parallel(block: Block, d: int, r: int) -> None:
-    block.ffn = adapters.ParallelAdapter(block.ffn, adapters.BottleneckAdapter.parallel(d, r))
-
-
-def _compacter(block: Block, d: int, r: int, rule: nn.Parameter) -> None:
-    first, second = (adapters.CompacterAdapter(d, r, shared_rule=rule) for _ in range(2))
-    block.attention.o_proj = nn.Sequential(block.attention.o_proj, first)
-    block.ffn = nn.Sequential(block.ffn, second)
-
-
-def _lora(block: Block, d: int, r: int, **options) -> None:
-    attention = block.attention
-    attention.q_proj = adapters.LoRALinear(attention.q_proj, r, **options)
-    attention.v_proj = adapters.LoRALinear(attention.v_proj, r, **options)
-
-
-def _kron(block: Block, d: int, r: int) -> None:
-    block.ffn[0] = adapters.KronALinear(block.ffn[0])
-    block.ffn[2] = adapters.KronALinear(block.ffn[2])
-
-
-def _prefix(block: Block, d: int, r: int) -> None:
-    block.attention.add("domain", r, init_std=0.3)
-    block.attention.activate("domain")
-
-
-def _mam(block: Block, d: int, r: int) -> None:
-    _prefix(block, d, r)
-    _parallel(block, d, r)
-
-
-def _prompt(model: MiniGPT, r: int) -> None:
-    embedding = model.trunk.embedding
+def _in_front(model: MiniGPT, r: int) -> None:
+    embedding = model.trunk.embedding  # of text that has its positions; a prompt has none
     model.trunk.embedding = nn.Sequential(embedding, adapters.PromptEmbedding.from_vocabulary(embedding.tokens, r))
 
 
-def _side(model: MiniGPT, r: int) -> None:
+def _beside(model: MiniGPT, r: int) -> None:
     model.trunk = adapters.LadderSideNetwork(model.trunk, model.d, reduction=4, causal=True)
-
-
-def _biases(model: MiniGPT, r: int) -> None:
-    for module in model.modules():
-        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-            bias.requires_grad_(True)
 
 
 METHODS = {
     "full": Method("all weights", 5e-4, lambda model, r: model.requires_grad_(True)),
-    "bitfit": Method("the biases (Ben Zaken et al. 2022)", 3e-3, _biases),
-    "bottleneck": Method("a bottleneck after the FFN (Pfeiffer et al. 2021)", 3e-3, _in_blocks(_bottleneck), ("bottleneck",)),
-    "houlsby": Method("after attention and after the FFN (Houlsby et al. 2019)", 3e-3, _in_blocks(_houlsby), ("bottleneck",)),
-    "parallel": Method("a bottleneck beside the FFN (He et al. 2022)", 3e-3, _in_blocks(_parallel), ("bottleneck",)),
-    "compacter": Method(
-        "Kronecker products in place of matrices (Karimi Mahabadi et al. 2021)", 1e-2,
-        _in_blocks(_compacter, rule=lambda: adapters.phm_rule(4)), ("compacter",),
+    "bitfit": Method("the biases (Ben Zaken et al. 2022)", 3e-3, _attached("bitfit", ())),
+    "bottleneck": Method(
+        "a bottleneck after the FFN (Pfeiffer et al. 2021)", 3e-3, _attached("bottleneck", activation="gelu"), ("bottleneck",)
     ),
-    "lora": Method("low-rank updates of queries and values (Hu et al. 2021)", 3e-3, _in_blocks(_lora), ("lora",)),
-    "dora": Method("the same, with magnitudes (Liu et al. 2024)", 3e-3, _in_blocks(partial(_lora, dora=True)), ("lora",)),
-    "kron": Method("Kronecker products beside the FFN's layers (Edalati et al. 2022)", 3e-3, _in_blocks(_kron), ("kron",)),
-    "prefix": Method("keys and values in front of the text's (Li and Liang 2021)", 1e-2, _in_blocks(_prefix), ("prefix",)),
-    "mam": Method("prefix and parallel (He et al. 2022)", 3e-3, _in_blocks(_mam), ("prefix", "bottleneck")),
-    "prompt": Method("vectors in front of the embedded text (Lester et al. 2021)", 1e-2, _prompt, ("prompt",)),
-    "side": Method("a small network beside the frozen one (Sung et al. 2022)", 3e-3, _side, ("side",)),
+    "houlsby": Method("the same after attention too (Houlsby et al. 2019)", 3e-3, _attached("houlsby"), ("bottleneck",)),
+    "parallel": Method("a bottleneck beside the FFN (He et al. 2022)", 3e-3, _attached("parallel"), ("bottleneck",)),
+    "compacter": Method(
+        "as houlsby, of Kronecker products (Karimi Mahabadi et al. 2021)", 1e-2, _attached("compacter", init_std=None),
+        ("compacter",),
+    ),
+    "lora": Method("low-rank updates of queries and values (Hu et al. 2021)", 3e-3, _attached("lora"), ("lora",)),
+    "dora": Method("the same, with magnitudes (Liu et al. 2024)", 3e-3, _attached("dora"), ("lora",)),
+    "kron": Method("Kronecker products there (Edalati et al. 2022)", 3e-3, _attached("kron", ()), ("kron",)),
+    "prefix": Method(
+        "keys and values in front of the text's (Li and Liang 2021)", 1e-2, _attached("prefix", ("p",), init_std=0.3),
+        ("prefix",),
+    ),
+    "mam": Method(
+        "prefix and parallel (He et al. 2022)", 3e-3, _attached("mam", ("p", "r")), ("prefix", "bottleneck")
+    ),
+    "prompt": Method("vectors in front of the embedded text (Lester et al. 2021)", 1e-2, _in_front, ("prompt",)),
+    "side": Method("a small network beside the frozen one (Sung et al. 2022)", 3e-3, _beside, ("side",)),
 }  # fmt: skip
 
 
