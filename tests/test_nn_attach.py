@@ -38,6 +38,7 @@ IN_PYTORCH = {
     "bank": ({"g": 2, "r": 4}, "bottleneck", ["linear2.attached"]),
     "compacter": ({"r": 4}, "compacter", ["self_attn.attached", "linear2.attached"]),
     "compacter_plus_plus": ({"r": 4}, "compacter", ["linear2.attached"]),
+    "hyper": ({"tasks": 2, "r": 4}, "hyper", ["self_attn.attached", "linear2.attached"]),
     "lora": ({"r": 4}, "lora", ["self_attn"]),
     "dora": ({"r": 4}, "lora", ["linear1", "linear2"]),
     "lora_bank": ({"g": 2, "r": 4}, "lora", ["linear1", "linear2"]),
@@ -55,7 +56,7 @@ def encoder(norm_first=False):
 
 
 def ids_for(method):
-    return IDS if method.endswith("bank") else None
+    return IDS if method in ("bank", "lora_bank", "hyper") else None
 
 
 def run(model, x, ids=None, **options):
@@ -126,7 +127,7 @@ def test_places_kinds_and_start(method):
     before, keys = model(x), set(model.state_dict())
     options, kind, places = IN_PYTORCH[method]
     names = attach(model, method, **options)
-    assert names == [f"layers.{i}.{place}" for i in range(2) for place in places]
+    assert names == (["hyper"] if method == "hyper" else []) + [f"layers.{i}.{place}" for i in range(2) for place in places]
     around = method in ("lora", "dora", "lora_bank", "kron")
     assert around or keys <= set(model.state_dict())
     y = run(model, x, ids_for(method))
@@ -265,6 +266,18 @@ def test_checkpointing_and_compilation():
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
+def test_generated_adapters_of_stacks_with_other_layers():
+    """The layers of an encoder and of a decoder are numbered together."""
+    model = nn.Transformer(D, H, 1, 1, F, dropout=0.0, batch_first=True, device=DEVICE)
+    names = attach(model, "hyper", tasks=["one", "two"], r=2)
+    assert (model.hyper.layers, model.hyper.positions, model.hyper.names) == (2, 3, ["one", "two"])
+    sites = [model.get_submodule(name) for name in names[1:]]
+    assert [(site.layer, site.position) for site in sites] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert not any(".attached." in key for key in model.state_dict())
+    with pytest.raises(ValueError, match="model must have no module 'hyper' yet"):
+        attach(model, "hyper", targets="norm1", tasks=2)
+
+
 def test_bad_input():
     model = encoder()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -280,6 +293,8 @@ def test_bad_input():
         ("bottleneck", {"targets": "dropout1"}, ValueError, "that show their width, got 'layers.0.dropout1', a Dropout"),
         ("bottleneck", {"rank": 4}, TypeError, "unexpected keyword argument 'rank'"),
         ("bank", {}, TypeError, "missing 1 required keyword-only argument: 'g'"),
+        ("hyper", {}, TypeError, "missing 1 required keyword-only argument: 'tasks'"),
+        ("hyper", {"tasks": 2, "targets": ("linear1", "linear2")}, ValueError, r"one width for .* got \[16, 24\]"),
         ("prefix", {}, ValueError, "model must be one of Hugging Face or have PrefixAttention"),
         ("mam", {}, ValueError, "model must be one of Hugging Face or have PrefixAttention"),
         ("prompt", {}, ValueError, "targets must name the embedding for a prompt in a model not of Hugging Face"),

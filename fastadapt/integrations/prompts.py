@@ -22,12 +22,12 @@ def _prompted(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.pop("input_ids", None)
     embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
     given = {name: kwargs.get(name) for name in ("attention_mask", "position_ids", "labels")}
+    if given["labels"] is not None and given["labels"].shape != embeds.shape[:2]:
+        del given["labels"]  # of sequences, not of tokens
     extended = prompt_inputs(prompt.p, **given)
     types = kwargs.get("token_type_ids")
     if types is not None:
         extended["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], prompt.p), types], 1)
-    if given["labels"] is not None and given["labels"].shape != embeds.shape[:2]:
-        del extended["labels"]  # of sequences, not of tokens
     return (), kwargs | extended | {"inputs_embeds": prompt(embeds)}
 
 

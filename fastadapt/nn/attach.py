@@ -9,6 +9,7 @@ from .bank import AdapterBank
 from .bitfit import train_biases
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .hyper import HyperAdapter
 from .kron import KronALinear
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
@@ -16,7 +17,7 @@ from .lora_bank import LoRABank
 from .places import check_free, factory, leave_fast_path, put_after, put_around, put_beside
 from .prefix import PrefixAttention
 from .prompt import PromptEmbedding
-from .structure import Targets, described, layers, resolve, width
+from .structure import Targets, described, element, layers, resolve, width
 
 _OF_PREFIXES = ("p", "hidden", "width", "gate", "dropout", "shift_positions")  # among the options of "mam"
 REDUCTION = 16  # width of the model over that of a bottleneck, where no r is given
@@ -108,6 +109,25 @@ def _beside(model: nn.Module, targets: Targets | None, before: Callable[[], list
     return names + put_beside({name: model.get_submodule(enters.get(name, name)) for name in found}, found, adapters)
 
 
+def _hyper(model: nn.Module, targets: Targets | None, *, tasks: int | list[str], r: int | None = None, **options) -> list[str]:
+    found, modules = _found(model, targets, _both), dict(model.named_modules())
+    check_free(found, around=False)
+    if "hyper" in model._modules:
+        raise ValueError("model must have no module 'hyper' yet, from which all generated adapters come")
+    layer_of = {name: (element(modules, name) or (name, 0))[0] for name in found}
+    in_layer = {layer: [name for name in found if layer_of[name] == layer] for layer in layer_of.values()}
+    (d, made), *others = _places(found)
+    if any(other != d for other, _ in others):
+        raise ValueError(f"targets must have one width for generated adapters, got {sorted({d, *(o for o, _ in others)})}")
+    positions = max(map(len, in_layer.values()))
+    r = max(1, d // REDUCTION) if r is None else r
+    model.hyper = HyperAdapter(tasks, len(in_layer), d, r, **{"positions": positions, **made, **options})
+    numbers = {layer: i for i, layer in enumerate(in_layer)}
+    sites = [model.hyper.site(numbers[layer_of[name]], in_layer[layer_of[name]].index(name)) for name in found]
+    leave_fast_path(model, found.values())
+    return ["hyper", *put_after(found, sites)]
+
+
 def _lora(base: nn.Module, r: int = 8, **options) -> nn.Module:
     if isinstance(base, nn.MultiheadAttention):
         return LoRAMultiheadAttention(base, r, **options)
@@ -190,6 +210,7 @@ _METHODS: dict[str, Callable[..., list[str]]] = {
     "bank": partial(_after, _feed_forward, _banks),
     "compacter": partial(_after, _both, _compacters),
     "compacter_plus_plus": partial(_after, _feed_forward, _compacters),
+    "hyper": _hyper,
     "lora": partial(_around, _projections, _lora),
     "dora": partial(_around, _linear_projections, partial(LoRALinear, dora=True)),
     "lora_bank": partial(_around, _linear_projections, _lora_bank),
@@ -215,6 +236,8 @@ def attach(model: nn.Module, method: str, *, targets: Targets | None = None, **o
     ``bank``                          as ``bottleneck``, for ids see :func:`route`                 ``g``, :class:`AdapterBank`
     ``compacter``                     as ``houlsby``, all with one rule                            :class:`CompacterAdapter`
     ``compacter_plus_plus``           as ``bottleneck``, all with one rule                         the same
+    ``hyper``                         as ``houlsby``, from one network for all tasks               ``tasks``,
+                                                                                                   :class:`HyperAdapter`
     ``lora``                          around the projections of queries and values                 :class:`LoRALinear`
     ``dora``, ``kron``                the same; the linear layers of the feed-forward block        :class:`LoRALinear`,
                                       where attention is ``nn.MultiheadAttention``                 :class:`KronALinear`

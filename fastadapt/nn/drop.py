@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .hyper import HyperSite
 from .kron import KronALinear
 from .lora import LoRAEmbedding, LoRALinear, Merging
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention
+from .structure import element
 
 # What runs in place of the forward of an adapter that is dropped.
 
@@ -44,7 +46,7 @@ def _without_prefix(attention: PrefixAttention, x: Tensor, *args, prefix=None, a
 
 
 _INSTEAD: dict[type, Callable] = {
-    **dict.fromkeys((BottleneckAdapter, CompacterAdapter), _passed),
+    **dict.fromkeys((BottleneckAdapter, CompacterAdapter, HyperSite), _passed),
     AdapterBank: _passed_by_bank,
     **dict.fromkeys((LoRALinear, LoRAEmbedding, LoRABank, KronALinear), _base),
     LoRAMultiheadAttention: _base_attention,
@@ -74,15 +76,9 @@ def _adapters(model: nn.Module) -> dict[int, list[nn.Module]]:
     modules = dict(model.named_modules())
     found: dict[int, list[nn.Module]] = {}
     for name, module in modules.items():
-        if _instead(module) is None:
-            continue
-        parts = name.split(".")
-        above = [(modules[".".join(parts[:i])], part) for i, part in enumerate(parts)]
-        for kind in (nn.ModuleList, nn.Sequential):
-            places = [int(part) for parent, part in above if isinstance(parent, kind)]
-            if places:
-                found.setdefault(places[0], []).append(module)
-                break
+        layer = element(modules, name) if _instead(module) is not None else None
+        if layer is not None:
+            found.setdefault(layer[1], []).append(module)
     return found
 
 

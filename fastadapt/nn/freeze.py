@@ -73,9 +73,10 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of the keys of ``KINDS``, such as ``"bottleneck"``, ``"lora"``, ``"prefix"`` and ``"fusion"``,
-            ``"bitfit"`` for the model's own biases, or types of modules, for example ``nn.LayerNorm``. What LoRA, KronA and
-            side networks call ``base`` stays frozen, whatever its type, and so do the adapters that are fused.
+        kinds: one or more of the keys of ``KINDS``, such as ``"bottleneck"``, ``"lora"``, ``"prefix"`` and ``"fusion"``, or
+            types of modules, for example ``nn.LayerNorm``. What LoRA, KronA and side networks call ``base`` stays frozen,
+            whatever its type, and so do the adapters that are fused, unless ``"bitfit"`` is among the kinds, which means all
+            biases, see :func:`train_biases`.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.

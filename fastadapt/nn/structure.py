@@ -147,6 +147,22 @@ def layers(model: nn.Module) -> list[Layer]:
     return found
 
 
+def element(modules: dict[str, nn.Module], name: str) -> tuple[str, int] | None:
+    """Name and number of the element of the outermost ``nn.ModuleList``, or if in none ``nn.Sequential``, around a module.
+
+    ``modules`` are all of the model, by name.
+    """
+    parts = name.split(".")
+    for kind in (nn.ModuleList, nn.Sequential):
+        for i, part in enumerate(parts):
+            parent = modules[".".join(parts[:i])]
+            if isinstance(parent, KINDS["composed"]):  # a list in it is one of adapters
+                break
+            if isinstance(parent, kind):
+                return ".".join(parts[: i + 1]), list(parent._modules).index(part)
+    return None
+
+
 def described(model: nn.Module) -> str:
     """The modules that can be targets, in words; names that differ in a number are one."""
     places = [
