@@ -14,6 +14,7 @@ from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention, PrefixEncoder
+from .prefix_multihead import PrefixMultiheadAttention
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
 from .route import route
 
@@ -35,6 +36,7 @@ __all__ = [
     "Prefix",
     "PrefixAttention",
     "PrefixEncoder",
+    "PrefixMultiheadAttention",
     "PromptEmbedding",
     "PromptEncoder",
     "attach",

@@ -15,6 +15,7 @@ from .lora import LoRAEmbedding, LoRALinear, Merging
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention
+from .prefix_multihead import PrefixMultiheadAttention
 from .structure import element
 
 # What runs in place of the forward of an adapter that is dropped.
@@ -36,7 +37,7 @@ def _base(adapter: nn.Module, x: Tensor, adapter_ids: Tensor | None = None) -> T
     return adapter.base(x)
 
 
-def _base_attention(attention: LoRAMultiheadAttention, *args, **kwargs):
+def _base_attention(attention: nn.Module, *args, **kwargs):
     return attention.base(*args, **kwargs)
 
 
@@ -49,7 +50,7 @@ _INSTEAD: dict[type, Callable] = {
     **dict.fromkeys((BottleneckAdapter, CompacterAdapter, HyperSite), _passed),
     AdapterBank: _passed_by_bank,
     **dict.fromkeys((LoRALinear, LoRAEmbedding, LoRABank, KronALinear), _base),
-    LoRAMultiheadAttention: _base_attention,
+    **dict.fromkeys((LoRAMultiheadAttention, PrefixMultiheadAttention), _base_attention),
     PrefixAttention: _without_prefix,
 }
 
