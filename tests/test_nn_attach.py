@@ -43,6 +43,7 @@ IN_PYTORCH = {
     "dora": ({"r": 4}, "lora", ["linear1", "linear2"]),
     "lora_bank": ({"g": 2, "r": 4}, "lora", ["linear1", "linear2"]),
     "kron": ({"rank": 2}, "kron", ["linear1", "linear2"]),
+    "prefix": ({"p": 3, "gate": "scalar"}, "prefix", ["self_attn"]),
 }
 over_methods = pytest.mark.parametrize("method", IN_PYTORCH)
 
@@ -128,7 +129,7 @@ def test_places_kinds_and_start(method):
     options, kind, places = IN_PYTORCH[method]
     names = attach(model, method, **options)
     assert names == (["hyper"] if method == "hyper" else []) + [f"layers.{i}.{place}" for i in range(2) for place in places]
-    around = method in ("lora", "dora", "lora_bank", "kron")
+    around = method in ("lora", "dora", "lora_bank", "kron", "prefix")
     assert around or keys <= set(model.state_dict())
     y = run(model, x, ids_for(method))
     small = method in ("houlsby", "pfeiffer", "adapter_plus", "compacter", "compacter_plus_plus")
@@ -295,14 +296,16 @@ def test_bad_input():
         ("bank", {}, TypeError, "missing 1 required keyword-only argument: 'g'"),
         ("hyper", {}, TypeError, "missing 1 required keyword-only argument: 'tasks'"),
         ("hyper", {"tasks": 2, "targets": ("linear1", "linear2")}, ValueError, r"one width for .* got \[16, 24\]"),
-        ("prefix", {}, ValueError, "model must be one of Hugging Face or have PrefixAttention"),
-        ("mam", {}, ValueError, "model must be one of Hugging Face or have PrefixAttention"),
+        ("prefix", {"targets": "linear1"}, TypeError, "base must be a torch.nn.MultiheadAttention, got Linear"),
+        ("mam", {"p": 0}, ValueError, "p must be at least 1, got 0"),
         ("prompt", {}, ValueError, "targets must name the embedding for a prompt in a model not of Hugging Face"),
     ):
         with pytest.raises(error, match=message):
             attach(model, method, **options)
     with pytest.raises(ValueError, match="be given for Sequential, in which no layer .* but . .Linear., . .Embedding."):
         attach(nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2)), "lora")
+    with pytest.raises(ValueError, match="model must be one of Hugging Face, or have PrefixAttention or nn.MultiheadAttention"):
+        attach(nn.Linear(2, 2), "prefix")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
         attach({}, "lora")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

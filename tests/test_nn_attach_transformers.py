@@ -120,9 +120,16 @@ def test_mam_trains_prefix_and_parallel_and_drops():
     grads = outcome(model, inputs)
     assert set(grads) - {"logits"} == set(trained)
     torch.testing.assert_close(grads["logits"], bare(**inputs).logits)  # gates and up projections start at zero
-    nn.init.normal_(model.get_submodule(names[2]).up.weight)
+    with torch.no_grad():
+        nn.init.normal_(model.get_submodule(names[2]).up.weight)
+        model.prefix_encoder.gate[1] = 0.5
+    expected, twin = bare(**inputs).logits, copy.deepcopy(model)
     with drop_adapters(model, [1]):
-        torch.testing.assert_close(model(**inputs).logits, bare(**inputs).logits)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        with drop_adapters(twin, [0]):
+            assert not torch.allclose(twin(**inputs).logits, expected, atol=1e-3)
+    assert torch.equal(model(**inputs).logits, twin(**inputs).logits)
+    assert not any("fastadapt_dropped" in vars(module) or "_drops" in vars(module) for module in model.modules())
     with pytest.raises(ValueError, match="model must have no prefix yet"):
         attach(model, "prefix", p=P)
     other = distilbert()

@@ -16,6 +16,7 @@ from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import Prefix, PrefixAttention, PrefixEncoder
+from .prefix_multihead import PrefixMultiheadAttention
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
 from .route import route
 from .side import LadderSideNetwork, SideNetwork
@@ -42,6 +43,7 @@ __all__ = [
     "Prefix",
     "PrefixAttention",
     "PrefixEncoder",
+    "PrefixMultiheadAttention",
     "PromptEmbedding",
     "PromptEncoder",
     "SideNetwork",

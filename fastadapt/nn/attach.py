@@ -16,10 +16,12 @@ from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .places import check_free, factory, leave_fast_path, put_after, put_around, put_beside
 from .prefix import PrefixAttention
+from .prefix_multihead import PrefixMultiheadAttention
 from .prompt import PromptEmbedding
-from .structure import Targets, described, element, layers, resolve, width
+from .structure import Targets, described, element, layers, resolve, walk, width
 
 _OF_PREFIXES = ("p", "hidden", "width", "gate", "dropout", "shift_positions")  # among the options of "mam"
+_MULTIHEAD = (nn.MultiheadAttention, LoRAMultiheadAttention, PrefixMultiheadAttention)  # the last two have an adapter
 REDUCTION = 16  # width of the model over that of a bottleneck, where no r is given
 LENGTH = 16  # of a prefix or prompt, where no p is given
 
@@ -166,7 +168,14 @@ def _prefix(model: nn.Module, targets: Targets | None, p: int = LENGTH, **option
             module.activate("default")
         return [f"{name}.prefixes.default" for name in found]
     if not hasattr(model, "set_attn_implementation"):
-        raise ValueError(f"model must be one of Hugging Face or have PrefixAttention for prefixes, got {type(model).__name__}")
+        kinds = [kind for kind in _MULTIHEAD if _has(model, kind)]
+        if not kinds:
+            raise ValueError(
+                "model must be one of Hugging Face, or have PrefixAttention or nn.MultiheadAttention, for prefixes, "
+                f"got {type(model).__name__}"
+            )
+        make = partial(PrefixMultiheadAttention, p=p)
+        return _around(_projections, make, model, kinds if targets is None else targets, **options)
     # What knows that library lies above this package, and needs it.
     from ..integrations.transformers import add_prefix
 
@@ -198,7 +207,7 @@ def _biases(model: nn.Module, targets: Targets | None) -> list[str]:
 
 
 def _has(model: nn.Module, kind: type) -> bool:
-    return any(isinstance(module, kind) for module in model.modules())
+    return any(isinstance(module, kind) for _, module in walk(model))
 
 
 _METHODS: dict[str, Callable[..., list[str]]] = {
@@ -242,8 +251,9 @@ def attach(model: nn.Module, method: str, *, targets: Targets | None = None, **o
     ``dora``, ``kron``                the same; the linear layers of the feed-forward block        :class:`LoRALinear`,
                                       where attention is ``nn.MultiheadAttention``                 :class:`KronALinear`
     ``lora_bank``                     the same; ``g`` new adapters in each                         ``g``, :class:`LoRABank`
-    ``prefix``                        all attention layers of a Hugging Face model, or every       ``p``; ``add_prefix`` or
-                                      :class:`PrefixAttention`                                     :class:`PrefixEncoder`
+    ``prefix``                        all attention layers of a Hugging Face model, every          ``p``; ``add_prefix`` or
+                                      :class:`PrefixAttention`, or around every                    :class:`PrefixEncoder`
+                                      ``nn.MultiheadAttention``
     ``mam``                           ``prefix`` and ``parallel``                                  those of both
     ``prompt``                        before the embedded tokens of a Hugging Face model           ``p``; ``add_prompt``
     ``bitfit``                        nowhere: trains the biases, see :func:`train_biases`         none

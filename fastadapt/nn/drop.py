@@ -14,7 +14,8 @@ from .kron import KronALinear
 from .lora import LoRAEmbedding, LoRALinear, Merging
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
-from .prefix import Prefix, PrefixAttention
+from .prefix import Prefix, PrefixAttention, PrefixEncoder
+from .prefix_multihead import PrefixMultiheadAttention
 from .structure import element
 
 # What runs in place of the forward of an adapter that is dropped.
@@ -36,7 +37,7 @@ def _base(adapter: nn.Module, x: Tensor, adapter_ids: Tensor | None = None) -> T
     return adapter.base(x)
 
 
-def _base_attention(attention: LoRAMultiheadAttention, *args, **kwargs):
+def _base_attention(attention: nn.Module, *args, **kwargs):
     return attention.base(*args, **kwargs)
 
 
@@ -49,7 +50,7 @@ _INSTEAD: dict[type, Callable] = {
     **dict.fromkeys((BottleneckAdapter, CompacterAdapter, HyperSite), _passed),
     AdapterBank: _passed_by_bank,
     **dict.fromkeys((LoRALinear, LoRAEmbedding, LoRABank, KronALinear), _base),
-    LoRAMultiheadAttention: _base_attention,
+    **dict.fromkeys((LoRAMultiheadAttention, PrefixMultiheadAttention), _base_attention),
     PrefixAttention: _without_prefix,
 }
 
@@ -61,22 +62,32 @@ def _instead(module: nn.Module) -> Callable | None:
 def _drop(adapter: nn.Module) -> None:
     """As often as it is called; a ``forward`` of the module's own comes before that of its class."""
     if not getattr(adapter, "_drops", 0):
-        adapter.forward = MethodType(_instead(adapter), adapter)
+        forward = _instead(adapter)
+        if forward is None:
+            adapter.fastadapt_dropped = True
+        else:
+            adapter.forward = MethodType(forward, adapter)
     adapter._drops = getattr(adapter, "_drops", 0) + 1
 
 
 def _restore(adapter: nn.Module) -> None:
     adapter._drops -= 1
     if not adapter._drops:
-        del adapter.forward, adapter._drops
+        delattr(adapter, "fastadapt_dropped" if _instead(adapter) is None else "forward")
+        del adapter._drops
 
 
 def _adapters(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """The adapters of each layer: its number is that in the outermost ``nn.ModuleList``, or ``nn.Sequential``, around them."""
+    """The adapters of each layer: its number is that in the outermost ``nn.ModuleList``, or ``nn.Sequential``, around them.
+
+    Of a Hugging Face model with prefixes these are also the attention layers, which look whether theirs is dropped.
+    """
     modules = dict(model.named_modules())
+    encoders = [module for module in modules.values() if isinstance(module, PrefixEncoder)]
+    prefixed = {attention for encoder in encoders for attention in getattr(encoder, "attentions", ())}
     found: dict[int, list[nn.Module]] = {}
     for name, module in modules.items():
-        layer = element(modules, name) if _instead(module) is not None else None
+        layer = element(modules, name) if _instead(module) is not None or module in prefixed else None
         if layer is not None:
             found.setdefault(layer[1], []).append(module)
     return found
@@ -118,9 +129,9 @@ class Dropped:
 def drop_adapters(model: nn.Module, layers: int | Iterable[int], *, random: bool = False) -> Dropped:
     """Let layers of a model run without their adapters, which then cost nothing. Source: Rückle et al. 2021 (AdapterDrop).
 
-    A dropped adapter passes on what it would have added to; LoRA and KronA run the frozen layer alone, and
-    :class:`PrefixAttention` attends without prefix. What :func:`attach` has put in is dropped as well as what was placed by
-    hand; a prefix or prompt of a Hugging Face model and the frozen layers are not. The parameters stay in ``state_dict``.
+    A dropped adapter passes on what it would have added to; LoRA and KronA run the frozen layer alone, and attention does
+    without its prefix. What :func:`attach` has put in is dropped as well as what was placed by
+    hand, prefixes of Hugging Face models too; a prompt, which is in no layer, is not. All parameters stay in ``state_dict``.
 
     With ``random`` the model is trained to do without the lower layers' adapters, however many: each call of ``model`` in
     training drops those of the first ``n`` of ``layers``, where ``n`` from 0 to all is drawn from torch's default generator on

@@ -10,10 +10,12 @@ from torch import nn
 from .freeze import _BESIDE_A_BASE, KINDS
 from .lora import is_conv1d
 from .lora_attention import LoRAMultiheadAttention
+from .prefix_multihead import PrefixMultiheadAttention
 
 Targets = str | type | Iterable[str | type]
-_ADAPTERS = tuple(kind for kinds in KINDS.values() for kind in kinds)
-_ATTENTION = (nn.MultiheadAttention, LoRAMultiheadAttention)  # they don't call the linear layers in them
+_ADAPTERS = (*(kind for kinds in KINDS.values() for kind in kinds), PrefixMultiheadAttention)
+# They don't call the linear layers in them.
+_ATTENTION = (nn.MultiheadAttention, LoRAMultiheadAttention, PrefixMultiheadAttention)
 _QUERY_OR_VALUE = re.compile(r"(to_?|w_?)?(q|query|queries|v|value|values)(_?(proj|projection|lin|linear))?", re.IGNORECASE)
 _FUSED = re.compile(r"c_attn|in_proj|query_key_value|(w_?)?qkv(_?(proj|projection|lin|linear))?", re.IGNORECASE)
 _SHOWN = 24
@@ -54,7 +56,7 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, _BESIDE_A_BASE) else module
+    return module.base if isinstance(module, (*_BESIDE_A_BASE, PrefixMultiheadAttention)) else module
 
 
 def _is_linear(module: nn.Module) -> bool:
