@@ -170,6 +170,20 @@ def test_frozen_arguments_take_no_memory(backend):
         assert [t.numel() for t in outputs] == [t.numel() * wanted for t, wanted in zip(args, mask)]
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="GPUs have their own dtype of autocast")
+@pytest.mark.parametrize("shared", [False, True])
+@kernels
+def test_autocast_casts_query_keys_and_values(backend, shared):
+    arguments = call(shared=shared, scale="0-d")
+    narrow = {name: t if name == "scale" else t.bfloat16() for name, t in arguments.items()}
+    narrow["values"] = narrow["keys"] if shared else narrow["values"]
+    expected = run(adapter_fusion, narrow, torch.ones(19, 40), backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(adapter_fusion, arguments, torch.ones(19, 40), backend=backend)
+    assert actual["y"].dtype == torch.bfloat16 and actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name].to(actual[name].dtype)) for name in actual)
+
+
 def allocated(fn):
     with torch.profiler.profile(profile_memory=True) as profile:
         fn()
