@@ -171,6 +171,7 @@ class LadderSideNetwork(_BesideFrozen):
 
     ``base`` runs without a graph, in evaluation mode also in training. For the backward pass of ``down`` one tensor a tapped
     layer is kept, the hidden state itself; of what is inside the layers, nothing. No gradient goes to the input of ``base``.
+    To ``torch.compile``, ``base`` and the side network are graphs of their own.
 
     Keys of ``state_dict``: those of ``base``, ``down.0`` to ``down.<layers>`` and ``up``, ``weight`` and ``bias`` each, those
     of ``blocks.<i>`` and ``norm``, and ``alpha`` ``(layers,)``.
@@ -215,6 +216,7 @@ class LadderSideNetwork(_BesideFrozen):
             self.blocks = nn.ModuleList(SideBlock(width, h, causal=causal, **factory) for _ in range(count))
         else:
             self.blocks = nn.ModuleList(block(width) for _ in range(count))
+        self._masked = ["mask" in inspect.signature(block.forward).parameters for block in self.blocks]
         self.norm, self.up = nn.LayerNorm(width, **factory), nn.Linear(width, d, **factory)
         self.alpha = nn.Parameter(torch.zeros(count, **factory))
         if residual:
@@ -282,19 +284,16 @@ class LadderSideNetwork(_BesideFrozen):
         if not torch.is_autocast_enabled(hidden[0].device.type):
             hidden = [state.to(dtype) for state in hidden]
         x = self.down[0](hidden[0])
-        for state, down, mu, block in zip(hidden[1:], self.down[1:], self._gates(), self.blocks):
+        gates = torch.sigmoid(self.alpha / self.temperature).unbind()
+        for state, down, mu, block, masked in zip(hidden[1:], self.down[1:], gates, self.blocks, self._masked):
             read = down(state)
             x = read + mu * (x - read)
-            takes_mask = "mask" in inspect.signature(block.forward).parameters
-            x = block(x, mask=mask) if takes_mask else block(x)
+            x = block(x, mask=mask) if masked else block(x)
         first = _first(out, "base")
         y = self.up(self.norm(x)).to(first.dtype)
         if first.shape != y.shape:
             raise ValueError(f"base must put out hidden states {tuple(y.shape)}, got {tuple(first.shape)}")
         return _with_first(out, first + y if self.residual else y)
-
-    def _gates(self) -> tuple[Tensor, ...]:
-        return torch.sigmoid(self.alpha / self.temperature).unbind()
 
     def options(self) -> dict:
         """The constructor's arguments that decide what is computed."""
