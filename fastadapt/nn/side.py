@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 
 import torch
@@ -36,13 +37,16 @@ def _with_first(out, y: Tensor):
     return type(out)._make((y, *out[1:])) if hasattr(out, "_make") else (y, *out[1:])
 
 
+def _check_module(name: str, value) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+
+
 class _BesideFrozen(nn.Module):
     """A frozen ``base`` that runs without a graph and without dropout, whatever mode the module is in."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        if not isinstance(base, nn.Module):
-            raise TypeError(f"base must be a torch.nn.Module, got {type(base).__name__}")
         self.base = base.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -69,14 +73,14 @@ class SideNetwork(_BesideFrozen):
     """
 
     def __init__(self, base: nn.Module, side: nn.Module, *, alpha: float = 0.5, learned: bool = True):
-        super().__init__(base)
-        if not isinstance(side, nn.Module):
-            raise TypeError(f"side must be a torch.nn.Module, got {type(side).__name__}")
+        _check_module("base", base)
+        _check_module("side", side)
         if not isinstance(learned, bool):
             raise TypeError(f"learned must be True or False, got {type(learned).__name__}")
         inside = isinstance(alpha, Real) and (0 < alpha < 1 if learned else 0 <= alpha <= 1)
         if not inside or isinstance(alpha, bool):
             raise ValueError(f"alpha must be a number in {'(0, 1)' if learned else '[0, 1]'}, got {alpha!r}")
+        super().__init__(base)
         self.side = side
         self.alpha = float(alpha)
         if learned:
@@ -198,7 +202,7 @@ class LadderSideNetwork(_BesideFrozen):
         block: Callable[[int], nn.Module] | None = None, h: int = 4, causal: bool = False, temperature: float = 0.1,
         device=None, dtype=None,
     ):  # fmt: skip
-        super().__init__(base)
+        _check_module("base", base)
         check_size("d", d)
         check_size("reduction", reduction)
         if d % reduction:
@@ -208,17 +212,16 @@ class LadderSideNetwork(_BesideFrozen):
                 raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
         if not isinstance(temperature, Real) or not temperature > 0:
             raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-        self.layers = _layer_names(base, layers)
-        self.d, self.residual, self.temperature = d, residual, float(temperature)
-        width, count, factory = d // reduction, len(self.layers), {"device": device, "dtype": dtype}
-        self.down = nn.ModuleList(nn.Linear(d, width, **factory) for _ in range(count + 1))
-        if block is None:
-            self.blocks = nn.ModuleList(SideBlock(width, h, causal=causal, **factory) for _ in range(count))
-        else:
-            self.blocks = nn.ModuleList(block(width) for _ in range(count))
-        self._masked = ["mask" in inspect.signature(block.forward).parameters for block in self.blocks]
+        names, width, factory = _layer_names(base, layers), d // reduction, {"device": device, "dtype": dtype}
+        block = partial(SideBlock, h=h, causal=causal, **factory) if block is None else block
+        blocks = nn.ModuleList(block(width) for _ in names)
+        super().__init__(base)  # freezes it, once nothing can be refused any more
+        self.layers, self.d, self.residual, self.temperature = names, d, residual, float(temperature)
+        self.down = nn.ModuleList(nn.Linear(d, width, **factory) for _ in range(len(names) + 1))
+        self.blocks = blocks
+        self._masked = ["mask" in inspect.signature(block.forward).parameters for block in blocks]
         self.norm, self.up = nn.LayerNorm(width, **factory), nn.Linear(width, d, **factory)
-        self.alpha = nn.Parameter(torch.zeros(count, **factory))
+        self.alpha = nn.Parameter(torch.zeros(len(names), **factory))
         if residual:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
