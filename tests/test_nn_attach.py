@@ -229,7 +229,9 @@ def test_types_and_options_arrive():
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     half = encoder().bfloat16()
     attach(half, "bottleneck", r=2)
+    attach(half, "bottleneck", targets="norm2", r=2, dtype=torch.bfloat16)
     assert half.layers[0].linear2.attached.up.weight.dtype == torch.float32
+    assert half.layers[0].norm2.attached.up.weight.dtype == torch.bfloat16
     assert half(torch.randn(B, T, D, dtype=torch.bfloat16, device=DEVICE)).dtype == torch.bfloat16
 
 

@@ -73,7 +73,7 @@ def _places(found: dict[str, nn.Module]) -> list[tuple[int, dict]]:
 
 
 def _bottlenecks(make, places, r: int | None = None, **options):
-    return [make(d, max(1, d // REDUCTION) if r is None else r, **made, **options) for d, made in places]
+    return [make(d, max(1, d // REDUCTION) if r is None else r, **{**made, **options}) for d, made in places]
 
 
 def _compacters(places, r: int | None = None, **options):
@@ -89,7 +89,7 @@ def _banks(places, *, g: int, **options):
 
 
 def _prompts(p: int, places, **options):
-    return [PromptEmbedding(p, d, **made, **options) for d, made in places]
+    return [PromptEmbedding(p, d, **{**made, **options}) for d, made in places]
 
 
 def _after(default, make, model: nn.Module, targets: Targets | None, **options) -> list[str]:
