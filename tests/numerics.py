@@ -96,7 +96,8 @@ def rows_alone(spec, backend, case, dtype):
     x = arguments[spec.activations[0]]
 
     def call(change):
-        changed = {id(arguments[n]): change(arguments[n]) for n in names}
+        dims = {n: spec.numerics.along.get(n, 0) for n in names}
+        changed = {id(arguments[n]): change(arguments[n].movedim(dim, 0)).movedim(0, dim) for n, dim in dims.items()}
         return spec.op(**{n: changed.get(id(v), v) for n, v in arguments.items()}, backend=backend)
 
     whole = call(lambda t: t)

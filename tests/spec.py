@@ -1,7 +1,7 @@
 """What the battery and the benchmarks need to know of an op."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -60,6 +60,7 @@ class Numerics:
     paths: tuple[Case, ...]  # sizes that together take every path of the kernels
     fuzz: Callable  # (draw, hypothesis.strategies) -> a case
     largest: int = 7  # integer of a parameter in ``exact`` in float32; less where a path multiplies by many parameters
+    along: dict[str, int] = field(default_factory=dict)  # dims of ``activations`` and ``rows`` that are those of rows, if not 0
     rounds_inside: bool = True  # whether matrix units round anything beside the output and the gradients
     ordered: Callable | None = None  # the reference in the kernels' order of products, where infinities cancel as in theirs
 

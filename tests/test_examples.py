@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import re
 import subprocess
 import sys
@@ -16,13 +17,16 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import fastadapt.nn  # noqa: E402
-from examples import adapt, data, fetch, finetune, measure, plain, report  # noqa: E402
+from examples import adapt, data, fetch, finetune, guide, measure, multitask, plain, report  # noqa: E402
 
 from .accuracy import assert_within_reference_error  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTERS = [name for name in adapt.METHODS if name not in adapt.WITHOUT_ADAPTER]
-OURS = finetune.OURS | fastadapt.nn.PromptEmbedding
+ADAPTERS = [name for name, method in adapt.METHODS.items() if not method.alone]
+
+
+def has_ours(model):
+    return any(adapt._ours(module) or isinstance(module, adapt.PrefixedAttention) for module in model.modules())
 
 
 class WordTokenizer:
@@ -46,14 +50,16 @@ def encoder():
 
 @pytest.fixture
 def corpus(tmp_path):
-    """200 lines whose rating follows from one word."""
-    lines = []
-    for i in range(200):
-        good = i % 3 != 0
-        text = " ".join(["a film"] * (i % 7) + ["splendid" if good else "dreadful", f"scene{i}"])
-        lines.append(f"{i}_1\t{1.5 if good else -0.25}\t{text}\r\n")
-    path = tmp_path / "movie.tsv"
-    path.write_text("".join(lines), encoding="utf-8", newline="")
+    """200 lines for each domain, whose rating follows from one word."""
+    for number, domain in enumerate(reversed(fetch.DOMAINS)):
+        lines = []
+        for i in range(200):
+            good = i % 3 != 0
+            words = ("splendid", "dreadful") if number % 2 else ("dreadful", "splendid")  # in other domains the other one
+            text = " ".join([f"a {domain}"] * (i % 7) + [words[not good], f"scene{i}"])
+            lines.append(f"{i}_1\t{1.5 if good else -0.25}\t{text}\r\n")
+        path = tmp_path / f"{domain}.tsv"
+        path.write_text("".join(lines), encoding="utf-8", newline="")
     return path
 
 
@@ -95,7 +101,7 @@ def test_batches_hold_every_sentence_padded_and_repeat(corpus):
     first, second = tokens.training(16, 25, 3), tokens.training(16, 25, 3)  # more than two epochs
     assert len(first) == 25
     for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
     assert any(not torch.equal(x.labels, y.labels) for x, y in zip(first, tokens.training(16, 25, 4), strict=True))
     with pytest.raises(ValueError, match=f"batch_size must be at most {len(train)}"):
         tokens.training(500, 1, 0)
@@ -106,8 +112,7 @@ def test_both_runs_agree_and_learn(encoder, corpus, method):
     train, test = data.read(corpus)
     tokens = data.Tokens(train, WordTokenizer())
     models = adapt.pair(encoder, method, fastadapt.nn, r=8, seed=1)
-    assert any(isinstance(module, OURS) for module in models["fastadapt"].modules())
-    assert not any(isinstance(module, OURS) for module in models["plain"].modules())
+    assert has_ours(models["fastadapt"]) and not has_ours(models["plain"])
     lr = 3e-2 if adapt.METHODS[method].around else 1e-2
     runs = {name: measure.Run(model, lr, 10) for name, model in models.items()}
     measure.train(list(runs.values()), tokens.training(32, 10, 0))
@@ -160,6 +165,7 @@ def test_the_plain_compacter_is_the_same_function():
     ("method", "parameters"),
     [
         ("head", 0),
+        ("bitfit", 6 * (7 * 384 + 1) + 384),
         ("standard", 6 * (2 * 384 * 48 + 48 + 384)),
         ("houlsby", 12 * (2 * 384 * 48 + 48 + 384)),
         ("skip", 6 * (2 * 384 * 48 + 48 + 384 + 384)),
@@ -172,7 +178,10 @@ def test_the_plain_compacter_is_the_same_function():
         ("lora-all", 6 * 48 * (4 * 2 * 384 + 2 * (384 + 1))),
         ("prefix", 48 * 384 + (384 + 1) * 64 + (64 + 1) * 12 * 384),
         ("ptuning-2", 48 * 12 * 384),
+        ("mam", 48 * 384 + (384 + 1) * 64 + (64 + 1) * 12 * 384 + 6 * (2 * 384 * 144 + 144 + 384)),
         ("prompt", 48 * 384),
+        # Seven down, one up, a norm, six gates, and six blocks of 48 columns: two norms, attention and a feed-forward block.
+        ("ladder", 7 * (384 + 1) * 48 + (48 + 1) * 384 + 96 + 6 + 6 * (2 * 96 + 4 * 49 * 48 + 49 * 4 * 48 + (4 * 48 + 1) * 48)),
     ],
 )  # fmt: skip
 def test_trainable_parameters(method, parameters):
@@ -287,20 +296,26 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     monkeypatch.setattr(fetch, "model", lambda: tmp_path)
     monkeypatch.setattr(fetch, "sentences", lambda: corpus.parent)
     monkeypatch.setattr(adapt, "load", lambda folder: (encoder, WordTokenizer()))
-    picture = tmp_path / "out" / "table.png"
+    picture, results = tmp_path / "out" / "table.png", tmp_path / "out" / "results.json"
     threads = torch.get_num_threads()
     options = ["--steps", "3", "--batch-size", "8", "--rank", "4", "--lora-rank", "3", "--threads", str(threads)]
     options += ["--prefix-length", "5", "--backend", "reference"]
-    assert finetune.main([*options, "--device", "cpu", "--plot", str(picture)]) == 0
+    assert finetune.main([*options, "--device", "cpu", "--all", "--plot", str(picture), "--json", str(results)]) == 0
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.split() and line.split()[0] in adapt.METHODS}
     assert list(rows) == list(adapt.METHODS)
     assert rows["full"][4] == rows["head"][-1] == "-"
     allowed = {name: 5e-2 if adapt.METHODS[name].random else 1e-3 for name in ADAPTERS}
-    assert all(float(rows[name][4]) <= allowed[name] and float(rows[name][-1]) > 0 for name in ADAPTERS)
+    assert all(float(rows[name][4]) <= allowed[name] and float(rows[name][-2]) > 0 for name in ADAPTERS)
+    record = json.loads(results.read_text())
+    assert [row["method"] for row in record["methods"]] == list(rows)
+    assert [row["method"] for row in record["tasks"]] == ["separate", "bank", "hyper", "fusion"]
+    assert all(list(row["accuracy"]) == list(fetch.DOMAINS) for row in record["tasks"])
+    page = guide.written(guide.PAGE.read_text(encoding="utf-8"), record)
+    assert all(page.count(f"| `{name}` |") == 1 for name in (*rows, "separate", "bank", "hyper", "fusion"))
     assert printed.count("reference") == 4 and picture.read_bytes().startswith(b"\x89PNG")
     # Methods of one name, one row.
-    assert finetune.main([*options, "--device", "cpu", "--methods", "head", "head"]) == 0
+    assert finetune.main([*options, "--device", "cpu", "--methods", "head", "head"]) == 0  # and of one domain
     assert len(re.findall("^head ", capsys.readouterr().out, re.MULTILINE)) == 1
 
 
@@ -318,10 +333,47 @@ def test_bad_options(options, message, capsys):
 
 
 def test_columns_line_up():
-    adapter = report.Row("parallel", 224546, 22_712_066, 0.831, 1.2e-5, 70.12, 75.3, 80 * report.MIB, 90 * report.MIB, 1.071)
+    numbers = 224546, 22_712_066, 0.831, 1.2e-5, 70.12, 75.3, 80 * report.MIB, 90 * report.MIB, 1.071, 0.033
+    adapter = report.Row("parallel", *numbers)
     alone = report.Row("full", 22_488_578, 22_488_578, 0.85, None, None, 130.0, None, 300 * report.MIB, None)
     width = len(report.HEADER.splitlines()[-1])
     assert len(report.line(adapter)) == len(report.line(alone)) == width
+
+
+def test_several_domains_are_learned_by_each_kind(encoder, corpus):
+    """In two of the domains a word means the contrary of what it means in the others: one adapter for all would not do."""
+    torch.manual_seed(0)
+    train, test = {}, {}
+    for domain in fetch.DOMAINS:
+        for tokens, sentences in zip((train, test), data.read(corpus.parent / f"{domain}.tsv")):
+            tokens[domain] = data.Tokens(sentences, WordTokenizer())
+    seen = []
+    options = {"r": 8, "steps": 30, "batch_size": 32, "seed": 0, "backend": None, "progress": lambda: seen.append(1)}
+    rows = {row.method: row for row in multitask.compare(encoder, train, test, **options)}
+    assert list(rows) == ["separate", "bank", "hyper", "fusion"] and len(seen) == 4 * 4 * 30
+    for row in rows.values():
+        assert min(row.accuracy.values()) > 0.9, row
+    adapter, head = 2 * (2 * 32 * 8 + 8 + 32), 2 * 33
+    assert rows["separate"].trainable == rows["bank"].trainable == 4 * (adapter + head)
+    assert rows["fusion"].trainable == 2 * (3 * 32 * 32 + 32) + 4 * head
+
+
+def test_a_mixed_batch_holds_as_many_of_each_task(corpus):
+    tokens = [data.Tokens(data.read(corpus.parent / f"{name}.tsv")[0], WordTokenizer()) for name in fetch.DOMAINS]
+    for batch in data.mixed(tokens, 32, 3, 0):
+        assert batch.tasks.tolist() == [i for i in range(4) for _ in range(8)]
+        assert batch.input_ids.shape == batch.attention_mask.shape and len(batch.labels) == 32
+        assert torch.equal(batch.attention_mask, (batch.input_ids != 0).long())
+        assert batch.inputs[2] is batch.tasks and len(batch._replace(tasks=None).inputs) == 2
+
+
+def test_the_guide_is_written_from_the_results():
+    """What the page says is what the file says: nobody has edited a number."""
+    page = guide.PAGE.read_text(encoding="utf-8")
+    assert guide.written(page, json.loads(guide.RESULTS.read_text(encoding="utf-8"))) == page
+    assert set(guide.MIXED) == set(adapt.METHODS) >= guide.MERGED
+    with pytest.raises(ValueError, match="<!-- tasks --> and <!-- end of tasks --> once"):
+        guide.written(page.replace("<!-- tasks -->", ""), json.loads(guide.RESULTS.read_text(encoding="utf-8")))
 
 
 def test_runs_as_a_script_and_as_a_module():

@@ -2,9 +2,11 @@
 // that the formulas don't define.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../common.h"
@@ -31,10 +33,10 @@ inline Dtype dtype_of(ScalarType t) {
   }
 }
 
-// Offsets of every index over the first `dims` dims.
-inline std::vector<int64_t> index_offsets(const Tensor& t, int64_t dims) {
+// Offsets of every index over the dims [first, first + dims).
+inline std::vector<int64_t> index_offsets(const Tensor& t, int64_t dims, int64_t first = 0) {
   std::vector<int64_t> offsets{0};
-  for (int64_t i = 0; i < dims; ++i) {
+  for (int64_t i = first; i < first + dims; ++i) {
     std::vector<int64_t> longer;
     longer.reserve(offsets.size() * t.size(i));
     for (int64_t base : offsets)
@@ -86,18 +88,18 @@ class Reader {
   }
 
   // An activation with the leading dims of x and `width` columns. Leading dims become one stride where their strides allow it,
-  // and a table of offsets otherwise.
-  Rows rows(const char* name, const Tensor& t, int64_t width, std::vector<int64_t>& offsets) const {
+  // and a table of offsets otherwise. With `first` 1 it is the first one of a stack of them.
+  Rows rows(const char* name, const Tensor& t, int64_t width, std::vector<int64_t>& offsets, int64_t first = 0) const {
     const auto sizes = t.sizes(), strides = t.strides(), like = x.sizes();
-    const int64_t leading = static_cast<int64_t>(like.size()) - 1;
-    const bool fits = sizes.size() == like.size() && std::equal(like.begin(), like.end() - 1, sizes.begin());
-    FA_CHECK(fits && sizes[leading] == width && t.scalar_type() == dtype && t.is_cpu(), op, ": ", name,
+    const int64_t leading = static_cast<int64_t>(like.size()) - 1, last = first + leading;
+    const bool fits = sizes.size() == like.size() + first && std::equal(like.begin(), like.end() - 1, sizes.begin() + first);
+    FA_CHECK(fits && sizes[last] == width && t.scalar_type() == dtype && t.is_cpu(), op, ": ", name,
              " must have the dtype and the leading dims of x, ", toString(dtype), " ", shape_of(like), ", and ", width,
              " columns, got ", toString(t.scalar_type()), " ", shape_of(sizes));
-    Rows out{t.const_data_ptr(), 0, width > 1 ? strides[leading] : 1};
+    Rows out{t.const_data_ptr(), 0, width > 1 ? strides[last] : 1};
     int64_t span = -1;  // the stride with which the next dim outwards would merge
     bool merged = true;
-    for (int64_t i = leading - 1; i >= 0; --i) {
+    for (int64_t i = last - 1; i >= first; --i) {
       if (sizes[i] == 1) continue;
       if (span < 0)
         out.ld = strides[i];
@@ -106,7 +108,7 @@ class Reader {
       span = strides[i] * sizes[i];
     }
     if (!merged) {
-      offsets = index_offsets(t, leading);
+      offsets = index_offsets(t, leading, first);
       out.offsets = offsets.data();
     }
     return out;
@@ -189,5 +191,24 @@ class Reader {
     return out;
   }
 };
+
+// The gradients of a call: empty where they aren't wanted, zero where no row would write them.
+template <size_t N>
+std::array<Tensor, N> gradients_of(const char* op, const Tensor& x, const Optional (&inputs)[N],
+                                   const std::vector<bool>& output_mask, bool zero, bool* wants, void** data) {
+  FA_CHECK(output_mask.size() == N, op, ": output_mask must have ", N, " entries, got ", output_mask.size());
+  std::array<Tensor, N> grads;
+  const int64_t none = 0;
+  for (size_t i = 0; i < N; ++i) {
+    wants[i] = output_mask[i];
+    FA_CHECK(!wants[i] || inputs[i], op, ": output_mask[", i, "] asks for the gradient of an argument that is None");
+    grads[i] = wants[i] ? empty(inputs[i]->sizes(), *inputs[i]) : empty({&none, 1}, x);
+    data[i] = grads[i].mutable_data_ptr();
+    if (!wants[i] || !zero || !grads[i].numel()) continue;
+    const Dtype dtype = dtype_of(grads[i].scalar_type());
+    memset(data[i], 0, grads[i].numel() * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2));
+  }
+  return grads;
+}
 
 }  // namespace fastadapt::cpu

@@ -1,8 +1,5 @@
 // The calls of compacter and kron_linear: their kernels by instruction set, and their steps on threads.
 #pragma once
-#include <array>
-#include <tuple>
-
 #include "arguments.h"
 #include "kron_args.h"
 #include "pieces.h"
@@ -49,25 +46,6 @@ void run(const Problem& p, const Kernel<Problem>& k, const Division& rows, int64
     each_part(adders, [&](int64_t part) { k.reduce(p, segments.data(), count, partials, part, adders); });
   }
   k.finish(p, memory.data(), segments.data(), count, partials);
-}
-
-// The gradients of a call: empty where they aren't wanted, zero where no row would write them.
-template <size_t N>
-std::array<Tensor, N> gradients_of(const char* op, const Tensor& x, const Optional (&inputs)[N],
-                                   const std::vector<bool>& output_mask, bool zero, bool* wants, void** data) {
-  FA_CHECK(output_mask.size() == N, op, ": output_mask must have ", N, " entries, got ", output_mask.size());
-  std::array<Tensor, N> grads;
-  const int64_t none = 0;
-  for (size_t i = 0; i < N; ++i) {
-    wants[i] = output_mask[i];
-    FA_CHECK(!wants[i] || inputs[i], op, ": output_mask[", i, "] asks for the gradient of an argument that is None");
-    grads[i] = wants[i] ? empty(inputs[i]->sizes(), *inputs[i]) : empty({&none, 1}, x);
-    data[i] = grads[i].mutable_data_ptr();
-    if (!wants[i] || !zero || !grads[i].numel()) continue;
-    const Dtype dtype = dtype_of(grads[i].scalar_type());
-    memset(data[i], 0, grads[i].numel() * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2));
-  }
-  return grads;
 }
 
 }  // namespace fastadapt::kron

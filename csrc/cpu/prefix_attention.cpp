@@ -22,7 +22,11 @@ using namespace fastadapt::cpu;
 namespace portable { FA_KERNELS }
 #if defined(__x86_64__)
 namespace avx2 { FA_KERNELS }
-namespace avx512 { FA_KERNELS BackwardKernel amx_backward_kernel(Dtype, bool); }
+namespace avx512 {
+FA_KERNELS
+Kernel amx_kernel(Dtype, bool);
+BackwardKernel amx_backward_kernel(Dtype, bool);
+}
 #endif
 #undef FA_KERNELS
 
@@ -34,7 +38,7 @@ std::pair<Kernel, BackwardKernel> kernels(const Problem& p) {
   const bool wide = p.wide_parameters;
 #if FASTADAPT_AMX
   if (target() == Target::amx && dtype == Dtype::bfloat16)
-    return {avx512::kernel(dtype, wide), avx512::amx_backward_kernel(dtype, wide)};
+    return {avx512::amx_kernel(dtype, wide), avx512::amx_backward_kernel(dtype, wide)};
 #endif
 #if defined(__x86_64__)
   if (target() == Target::amx || target() == Target::avx512)

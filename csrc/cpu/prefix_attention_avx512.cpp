@@ -4,6 +4,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define FA_TARGET avx512
 #define FA_LANES 16
-#include "prefix_attention_amx.h"
+#include "prefix_attention_amx_backward.h"
+#include "prefix_attention_amx_forward.h"
 #include "prefix_attention_kernels.h"
 #endif

@@ -26,13 +26,29 @@ struct Forward {
     int64_t ld;
   };
 
-  struct Thread {
+  // What the rows of a unit have come to.
+  struct Sums {
+    int64_t ld;      // of y and base
+    C *y, *base;     // sums of weighted values; with a gate what the prefix adds
+    C *top, *total;  // a row's largest score, or a little less, and the sum of its weights in every lane
+  };
+
+  struct Thread : Sums {
     int64_t* packed;  // head and index of the prefix that lies in `prefix`
-    C *q, *y, *base;  // of the rows of a unit: scaled queries, sums of weighted values; with a gate what the prefix adds
-    C *top, *total;   // a row's largest score, or a little less, and the sum of its weights in every lane
+    C* q;             // scaled queries of a unit
     C *scores, *factors;
     C *keys, *values, *prefix_keys, *prefix_values;  // packed
   };
+
+  static Sums sums(const Problem& p, int64_t rows, int64_t ld, Arena& arena) {
+    Sums s;
+    s.ld = ld;
+    s.y = arena.take<C>(rows * ld);
+    s.base = arena.take<C>(p.gate ? rows * ld : 0);
+    s.top = arena.take<C>(rows);
+    s.total = arena.take<C>(rows * L);
+    return s;
+  }
 
   static int64_t prefix_tiles(const Problem& p) {
     const int64_t tiles = ceil_div(p.p, tile_keys), bytes = tiles * tile_keys * (p.e + padded<C>(p.e)) * sizeof(C);
@@ -40,14 +56,10 @@ struct Forward {
   }
 
   static Thread thread(const Problem& p, Arena& arena) {
-    const int64_t rows = p.unit_heads * p.unit_queries, size = rows * padded<C>(p.e);
-    Thread t;
+    const int64_t rows = p.unit_heads * p.unit_queries;
+    Thread t{sums(p, rows, padded<C>(p.e), arena)};
     t.packed = arena.take<int64_t>(2);
-    t.q = arena.take<C>(size);
-    t.y = arena.take<C>(size);
-    t.base = arena.take<C>(p.gate ? size : 0);
-    t.top = arena.take<C>(rows);
-    t.total = arena.take<C>(rows * L);
+    t.q = arena.take<C>(rows * t.ld);
     t.scores = arena.take<C>(group_rows * tile_keys);
     t.factors = arena.take<C>(p.dropped ? tile_keys : 0);
     t.keys = arena.take<C>(tile_keys * p.e);
@@ -102,26 +114,29 @@ struct Forward {
     return out;
   }
 
+  // Lets the largest score of a row grow to the largest of `high`: what there is becomes smaller.
+  static FA_INLINE void raise(const Sums& s, int64_t row, Vec<C> high) {
+    C& top = s.top[row];
+    const C before = top;
+    top = largest<C>(maximum<C>(high, broadcast<C>(top)));
+    if (before == -infinity<C>) return;
+    const Vec<C> shrink = power_of_2(broadcast<C>(before - top));
+    store(s.total + row * L, load<C>(s.total + row * L) * shrink);
+    for (int64_t c = 0; c < s.ld; c += L) store(s.y + row * s.ld + c, load<C>(s.y + row * s.ld + c) * shrink);
+  }
+
   // Weights of a row of n scores in place of them; the last lanes may be of no key.
   template <int NV>
-  static FA_INLINE void weigh(const Thread& t, int64_t row, C* scores, int64_t ld) {
+  static FA_INLINE void weigh(const Thread& t, int64_t row, C* scores) {
     Vec<C> s[NV], high = load<C>(scores);
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       s[v] = load<C>(scores + v * L);
       high = maximum<C>(s[v], high);
     }
-    C& top = t.top[row];
+    if (any(high > t.top[row] + slack)) raise(t, row, high);
+    const C shift = t.top[row] == -infinity<C> ? 0 : t.top[row];
     Vec<C> total = load<C>(t.total + row * L);
-    if (any(high > top + slack)) {
-      const C before = top;
-      top = largest<C>(maximum<C>(high, broadcast<C>(top)));
-      const Vec<C> shrink = power_of_2(broadcast<C>(before == -infinity<C> ? before : before - top));
-      total *= shrink;
-      for (int64_t c = 0; c < ld && before != -infinity<C>; c += L)
-        store(t.y + row * ld + c, load<C>(t.y + row * ld + c) * shrink);
-    }
-    const C shift = top == -infinity<C> ? 0 : top;
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       const Vec<C> weight = power_of_2(s[v] - shift);
@@ -158,7 +173,7 @@ struct Forward {
           hide(stop, seen, scores);
         }
         for_vectors<tile_keys / L>(ceil_div(seen, L), [&](auto nv) FA_FORCED {
-          weigh<decltype(nv)::value>(t, row, scores, ld);
+          weigh<decltype(nv)::value>(t, row, scores);
         });
         if (p.dropped) {
           dropout_factors(dropout_of(p), dropout_row(p, u.i, head, query), (own ? own_column(p) : 0) + first, seen, t.factors);
@@ -169,20 +184,49 @@ struct Forward {
     }
   }
 
-  static void restart(const Problem& p, const Thread& t, int64_t rows) {
-    memset(t.y, 0, rows * padded<C>(p.e) * sizeof(C));
-    memset(t.total, 0, rows * L * sizeof(C));
-    for (int64_t r = 0; r < rows; ++r) t.top[r] = -infinity<C>;
+  static void restart(const Sums& s, int64_t rows) {
+    memset(s.y, 0, rows * s.ld * sizeof(C));
+    memset(s.total, 0, rows * L * sizeof(C));
+    for (int64_t r = 0; r < rows; ++r) s.top[r] = -infinity<C>;
   }
 
   // What a row's sums are to be multiplied with; keeps the logarithm of their weights, in part 0 or 1 of lse.
-  static C finish(const Problem& p, const Thread& t, int64_t row, int64_t part, int64_t at) {
-    const C total = sum<C>(load<C>(t.total + row * L));
+  static C finish(const Problem& p, const Sums& s, int64_t row, int64_t part, int64_t at) {
+    const C total = sum<C>(load<C>(s.total + row * L));
     if (p.lse) {  // rounded once: backward takes weights from it
-      const double log = (t.top[row] + __builtin_log2(total)) * ln_2;
+      const double log = (s.top[row] + __builtin_log2(total)) * ln_2;
       static_cast<C*>(p.lse)[part * p.b * p.h * p.t + at] = static_cast<C>(log);
     }
     return total == 0 ? 0 : 1 / total;
+  }
+
+  // f(row, head, query, their index in (b, h, t)).
+  template <class F>
+  static FA_INLINE void each_row(const Problem& p, const Unit& u, int64_t rows, const F& f) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = u.head + r / u.queries, query = u.first + r % u.queries;
+      f(r, head, query, (u.i * p.h + head) * p.t + query);
+    }
+  }
+
+  // The sums are those of a prefix with a softmax of its own.
+  static void end_prefix(const Problem& p, const Sums& s, const Unit& u, int64_t rows) {
+    each_row(p, u, rows, [&](int64_t r, int64_t head, int64_t, int64_t at) {
+      const C factor = finish(p, s, r, 1, at) * static_cast<C>(p.gate[head]);
+      for (int64_t c = 0; c < s.ld; c += L) store(s.base + r * s.ld + c, load<C>(s.y + r * s.ld + c) * factor);
+    });
+    restart(s, rows);
+  }
+
+  static void end(const Problem& p, const Sums& s, const Unit& u, int64_t rows) {
+    each_row(p, u, rows, [&](int64_t r, int64_t head, int64_t query, int64_t at) {
+      const C factor = finish(p, s, r, 0, at);
+      T* out = row_by_token<T>(p.y, p.t, p.h, p.e, u.i, head, query);
+      for (int64_t c = 0; c < p.e; c += L) {
+        const Vec<C> y = load<C>(s.y + r * s.ld + c) * factor;
+        store_at<C>(out + c, 0, p.e - c, p.gate ? y + load<C>(s.base + r * s.ld + c) : y);
+      }
+    });
   }
 
   static void through_prefix(const Problem& p, const Thread& t, const Unit& u) {
@@ -221,40 +265,18 @@ struct Forward {
     Arena arena(memory);
     const Thread t = thread(p, arena);
     const Unit u = unit_of(p, unit);
-    const int64_t rows = u.heads * u.queries, ld = padded<C>(p.e);
+    const int64_t rows = u.heads * u.queries;
     const C scale = static_cast<C>(p.scale * log2_e);
     for (int64_t r = 0; r < rows; ++r) {
       const T* from = row_of<T>(p.q, u.i, u.head + r / u.queries, u.first + r % u.queries);
       for (int64_t c = 0; c < p.e; c += L)
-        store(t.q + r * ld + c, load_at<C>(from, c, p.e - c, p.q.stride[3]) * scale);
+        store(t.q + r * t.ld + c, load_at<C>(from, c, p.e - c, p.q.stride[3]) * scale);
     }
-    restart(p, t, rows);
+    restart(t, rows);
     through_prefix(p, t, u);
-    if (p.gate) {
-      each_row(p, u, rows, [&](int64_t r, int64_t head, int64_t, int64_t at) {
-        const C factor = finish(p, t, r, 1, at) * static_cast<C>(p.gate[head]);
-        for (int64_t c = 0; c < ld; c += L) store(t.base + r * ld + c, load<C>(t.y + r * ld + c) * factor);
-      });
-      restart(p, t, rows);
-    }
+    if (p.gate) end_prefix(p, t, u, rows);
     through_own(p, t, u);
-    each_row(p, u, rows, [&](int64_t r, int64_t head, int64_t query, int64_t at) {
-      const C factor = finish(p, t, r, 0, at);
-      T* out = row_by_token<T>(p.y, p.t, p.h, p.e, u.i, head, query);
-      for (int64_t c = 0; c < p.e; c += L) {
-        const Vec<C> y = load<C>(t.y + r * ld + c) * factor;
-        store_at<C>(out + c, 0, p.e - c, p.gate ? y + load<C>(t.base + r * ld + c) : y);
-      }
-    });
-  }
-
-  // f(row, head, query, their index in (b, h, t)).
-  template <class F>
-  static FA_INLINE void each_row(const Problem& p, const Unit& u, int64_t rows, const F& f) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t head = u.head + r / u.queries, query = u.first + r % u.queries;
-      f(r, head, query, (u.i * p.h + head) * p.t + query);
-    }
+    end(p, t, u, rows);
   }
 
   static Kernel kernel() { return {thread_bytes, begin, forward}; }

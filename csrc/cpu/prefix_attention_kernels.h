@@ -17,6 +17,11 @@ BackwardKernel backward_kernel(Dtype dtype, bool wide_parameters) {
 
 #if FA_LANES == 16 && FASTADAPT_AMX
 // For a q in bfloat16.
+Kernel amx_kernel(Dtype, bool wide_parameters) {
+  using namespace fastadapt::FA_TARGET::prefix_attention;
+  return wide_parameters ? AmxForward<float>::kernel() : AmxForward<BFloat16>::kernel();
+}
+
 BackwardKernel amx_backward_kernel(Dtype, bool wide_parameters) {
   using namespace fastadapt::FA_TARGET::prefix_attention;
   return wide_parameters ? AmxBackward<float>::kernel() : AmxBackward<BFloat16>::kernel();

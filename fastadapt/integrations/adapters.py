@@ -11,13 +11,13 @@ from adapters.methods.prefix_tuning import PrefixTuningLayer
 from adapters.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
-from . import Row, adapters_prefix
+from . import Row, adapters_fusion, adapters_prefix
 from .adapters_bottleneck import adapted, alone, draws, random, refused
 from .adapters_modules import from_adapters, shared_rule, to_adapters
 
 __all__ = ["LAYERS", "accelerate", "from_adapters", "restore", "save_adapter", "shared_rule", "to_adapters"]
 
-LAYERS = "bottleneck and Compacter adapters and prefixes of adapters"
+LAYERS = "bottleneck and Compacter adapters, their fusion, and prefixes of adapters"
 
 
 class _Fused:
@@ -73,7 +73,7 @@ def _others(model: nn.Module) -> list[Row]:
     rows = []
     for name, module in model.named_modules():
         other = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer | PrefixTuningLayer)
-        if (other and len(module.adapter_modules)) or isinstance(module, modeling.BertFusion):
+        if other and len(module.adapter_modules):
             rows.append(Row(name, "left", f"no kernel for {type(module).__name__}"))
     return rows
 
@@ -107,7 +107,8 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
             "share; fastadapt.integrations.adapters.save_adapter writes it too",
             stacklevel=4,
         )
-    return rows + adapters_prefix.accelerate(model, backend) + _others(model)
+    parts = (adapters_fusion, adapters_prefix)
+    return rows + [row for part in parts for row in part.accelerate(model, backend)] + _others(model)
 
 
 def restore(model: nn.Module) -> None:
@@ -117,7 +118,8 @@ def restore(model: nn.Module) -> None:
             module.__class__ = _THEIRS[type(module)]
             for name in ("_fastadapt_backend", "_fastadapt_config"):
                 module.__dict__.pop(name, None)
-    adapters_prefix.restore(model)
+    for part in (adapters_fusion, adapters_prefix):
+        part.restore(model)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str, **options) -> None:

@@ -5,9 +5,11 @@ from .bank import AdapterBank
 from .bitfit import train_biases
 from .bottleneck import BottleneckAdapter, ParallelAdapter
 from .compacter import CompacterAdapter
+from .compose import Averaged, Stacked, Switched, average_adapters
 from .count import trainable_parameters
 from .drop import drop_adapters
 from .freeze import freeze_except
+from .fusion import AdapterFusion
 from .hyper import HyperAdapter, HyperSite, HyperWeights
 from .kron import KronALinear, KronLinear, PHMLinear, phm_rule
 from .lora import LoRAEmbedding, LoRALinear
@@ -17,9 +19,13 @@ from .prefix import Prefix, PrefixAttention, PrefixEncoder
 from .prefix_multihead import PrefixMultiheadAttention
 from .prompt import PromptEmbedding, PromptEncoder, prompt_inputs
 from .route import route
+from .side import LadderSideNetwork, SideNetwork
+from .state import load_adapters, save_adapters
 
 __all__ = [
     "AdapterBank",
+    "AdapterFusion",
+    "Averaged",
     "BottleneckAdapter",
     "CompacterAdapter",
     "HyperAdapter",
@@ -27,6 +33,7 @@ __all__ = [
     "HyperWeights",
     "KronALinear",
     "KronLinear",
+    "LadderSideNetwork",
     "LoRABank",
     "LoRAEmbedding",
     "LoRALinear",
@@ -39,12 +46,18 @@ __all__ = [
     "PrefixMultiheadAttention",
     "PromptEmbedding",
     "PromptEncoder",
+    "SideNetwork",
+    "Stacked",
+    "Switched",
     "attach",
+    "average_adapters",
     "drop_adapters",
     "freeze_except",
+    "load_adapters",
     "phm_rule",
     "prompt_inputs",
     "route",
+    "save_adapters",
     "train_biases",
     "trainable_parameters",
 ]

@@ -56,6 +56,11 @@ class AdapterBank(Routed):
         self.skip_weight, self.hidden_skip_weight = stack(skip == "channel", d), stack(skip == "hidden", r)
         self.reset_parameters()
 
+    @property
+    def residual(self) -> bool:
+        """Whether ``x`` is what a branch is added to where no other residual is given."""
+        return self._options["residual"]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start every adapter anew, as :class:`BottleneckAdapter` does."""
@@ -180,6 +185,10 @@ class AdapterBank(Routed):
         for mine, theirs in self._pairs(i, adapter):
             theirs.copy_(mine)
         return adapter.train(self.training)
+
+    def options(self) -> dict:
+        """The constructor's arguments that decide what is computed."""
+        return dict(self._options)
 
     def extra_repr(self) -> str:
         sizes = {"g": self.g, "d": self.d, "r": self.r}

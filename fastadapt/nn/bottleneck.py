@@ -148,18 +148,24 @@ class BottleneckAdapter(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Adapt ``x`` ``(..., d)``; ``residual`` of the same shape takes the place of ``x`` as what the branch is added to."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, weight: float | Tensor | None = None) -> Tensor:
+        """Adapt ``x`` ``(..., d)``; ``residual`` of the same shape takes the place of ``x`` as what the branch is added to.
+
+        ``weight``, a number or a 0-d tensor, multiplies the branch.
+        """
         if residual is None and self.residual:
             residual = x
-        down, up, norm, scale = self.down, self.up, self.norm, self.scale
+        down, up, norm, scale, skip_weight = self.down, self.up, self.norm, self.scale, self.skip_weight
         if isinstance(scale, Tensor) and scale.numel() == 1:
             scale = scale.view(())
+        if weight is not None:
+            scale = scale * weight
+            skip_weight = None if skip_weight is None else skip_weight * weight
         return bottleneck(
             x, down.weight, up.weight, down_bias=down.bias, up_bias=up.bias, residual=residual, scale=scale,
             activation=self.activation, norm_weight=None if norm is None else norm.weight,
             norm_bias=None if norm is None else norm.bias, norm_eps=1e-5 if norm is None else norm.eps,
-            skip_weight=self.skip_weight, hidden_skip_weight=self.hidden_skip_weight, backend=self.backend,
+            skip_weight=skip_weight, hidden_skip_weight=self.hidden_skip_weight, backend=self.backend,
         )  # fmt: skip
 
     def options(self) -> dict:

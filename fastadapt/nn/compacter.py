@@ -102,15 +102,18 @@ class CompacterAdapter(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Adapt ``x`` ``(..., d)``; ``residual`` of the same shape takes the place of ``x`` as what the branch is added to."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, weight: float | Tensor | None = None) -> Tensor:
+        """Adapt ``x`` ``(..., d)``; ``residual`` of the same shape takes the place of ``x`` as what the branch is added to.
+
+        ``weight``, a number or a 0-d tensor, multiplies the branch.
+        """
         if residual is None and self.residual:
             residual = x
         down, up, norm, scale = self.down, self.up, self.norm, self.scale
+        scale = scale.view(()) if isinstance(scale, Tensor) else scale
         options = {
             "down_bias": down.bias, "up_bias": up.bias, "residual": residual,
-            "scale": scale.view(()) if isinstance(scale, Tensor) else scale, "activation": self.activation,
-            "backend": self.backend,
+            "scale": scale if weight is None else scale * weight, "activation": self.activation, "backend": self.backend,
         }  # fmt: skip
         if down.rank is None:
             if norm is not None:

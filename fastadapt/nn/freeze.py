@@ -7,6 +7,8 @@ from torch import nn
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .compose import Averaged, Stacked, Switched
+from .fusion import AdapterFusion
 from .hyper import HyperAdapter
 from .kron import KronALinear, KronLinear, PHMLinear
 from .lora import LoRAEmbedding, LoRALinear, is_conv1d
@@ -14,17 +16,21 @@ from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import PrefixEncoder
 from .prompt import PromptEmbedding, PromptEncoder
+from .side import LadderSideNetwork, SideNetwork
 
 KINDS = {
     "bottleneck": (BottleneckAdapter, AdapterBank),
     "compacter": (CompacterAdapter, PHMLinear),
+    "composed": (Averaged, Stacked, Switched),
+    "fusion": (AdapterFusion,),
     "hyper": (HyperAdapter,),
     "kron": (KronALinear, KronLinear),
     "lora": (LoRALinear, LoRAEmbedding, LoRAMultiheadAttention, LoRABank),
     "prefix": (PrefixEncoder,),
     "prompt": (PromptEmbedding, PromptEncoder),
+    "side": (SideNetwork, LadderSideNetwork),
 }
-_BESIDE_A_BASE = (*KINDS["lora"], KronALinear)
+_BESIDE_A_BASE = (*KINDS["lora"], *KINDS["side"], KronALinear)
 _WITH_BIAS = (
     nn.Linear, nn.Bilinear, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd,
 )  # fmt: skip
@@ -67,10 +73,10 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
 
     Args:
         model: a module that contains adapters.
-        kinds: one or more of ``"bottleneck"``, ``"compacter"``, ``"hyper"``, ``"kron"``, ``"lora"``, ``"prefix"``,
-            ``"prompt"``, or types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay
-            frozen, whatever their type, unless ``"bitfit"`` is among the kinds, which means all biases, see
-            :func:`train_biases`.
+        kinds: one or more of the keys of ``KINDS``, such as ``"bottleneck"``, ``"lora"``, ``"prefix"`` and ``"fusion"``, or
+            types of modules, for example ``nn.LayerNorm``. What LoRA, KronA and side networks call ``base`` stays frozen,
+            whatever its type, and so do the adapters that are fused, unless ``"bitfit"`` is among the kinds, which means all
+            biases, see :func:`train_biases`.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
@@ -84,6 +90,8 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
             raise ValueError(f"kinds must be types of modules or some of {(*KINDS, 'bitfit')}, got {kind!r}")
     wanted = {p for kind in kinds if kind != "bitfit" for p in _parameters(model, kind)}
     bases = {p for module in model.modules() if isinstance(module, _BESIDE_A_BASE) for p in module.base.parameters()}
+    fused = [module.adapters for module in model.modules() if isinstance(module, AdapterFusion)]
+    bases |= {p for adapters in fused for p in adapters.parameters()}
     wanted -= bases
     if "bitfit" in kinds:
         added = biases(model)

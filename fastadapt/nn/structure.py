@@ -158,6 +158,8 @@ def element(modules: dict[str, nn.Module], name: str) -> tuple[str, int] | None:
     for kind in (nn.ModuleList, nn.Sequential):
         for i, part in enumerate(parts):
             parent = modules[".".join(parts[:i])]
+            if isinstance(parent, KINDS["composed"]):  # a list in it is one of adapters
+                break
             if isinstance(parent, kind):
                 return ".".join(parts[: i + 1]), list(parent._modules).index(part)
     return None

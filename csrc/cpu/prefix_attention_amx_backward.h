@@ -4,26 +4,23 @@
 // Weights and gradients of scores are rounded to bfloat16, as matrix units do. Calls with a mask, dropout or a gate stay with
 // the vector kernels.
 #pragma once
-#include "amx.h"
+#include "prefix_attention_amx_tiles.h"
 #include "prefix_attention_backward.h"
 
 #if FASTADAPT_AMX
 namespace fastadapt::FA_TARGET::prefix_attention {
 
 template <class W>
-struct AmxTiles : Tiles<BFloat16, W> {
+struct AmxTiles : Tiles<BFloat16, W>, AmxOperands {
   using Base = Tiles<BFloat16, W>;
-  using T = BFloat16;
-  using C = float;
+  using AmxOperands::T, AmxOperands::C, AmxOperands::width, AmxOperands::pack_rows, AmxOperands::pack_columns;
   using typename Base::Softmax, typename Base::Tile;
   using Base::group, Base::L;
 
   // A tile of many keys: what is packed of its queries serves them all.
-  static constexpr int64_t tile_keys = 256, tile_queries = 128, block = 32;
-  static constexpr int64_t panel = 512;  // elements of a tile register
+  static constexpr int64_t tile_keys = 256, tile_queries = 128, strip = block;
 
   static FA_INLINE bool fits(const Problem& p) { return !p.gate && p.mask_kind == Mask::none && !p.dropped; }
-  static FA_INLINE int64_t width(const Problem& p) { return round_up(p.e, block); }
 
   struct Thread {
     T *scratch, *rows;
@@ -58,46 +55,6 @@ struct AmxTiles : Tiles<BFloat16, W> {
     const amx::TileScope tiles;
     explicit Scope(const Thread& w) : tiles(w.scratch, block) {}
   };
-
-  // n rows and zeros up to `all` rows, `ld` apart, a multiple of 32 that is at least e.
-  template <class S>
-  static FASTADAPT_AVX512 void copy(const S* from, int64_t stride, int64_t step, int64_t n, int64_t e, T* out, int64_t all,
-                                    int64_t ld) {
-    for (int64_t l = 0; l < all; ++l, from += stride, out += ld)
-      for (int64_t c = 0; c < ld; c += block) {
-        const uint32_t mask = l < n ? amx::detail::mask_of(e - c) : 0;
-        S gathered[block];
-        for (int64_t k = 0; step != 1 && mask && k < least(block, e - c); ++k) gathered[k] = from[(c + k) * step];
-        const S* row = step == 1 ? (mask ? from + c : nullptr) : gathered;
-        _mm512_store_si512(out + c, mask ? amx::detail::row32(row, mask) : _mm512_setzero_si512());
-      }
-  }
-
-  // Rows as the columns of a right operand: panels [16 rows][32 of e], one behind the other.
-  static FASTADAPT_AVX512 void pack_columns(const T* rows, int64_t n, int64_t ld, T* out) {
-    for (int64_t l = 0; l < n; l += 16)
-      for (int64_t c = 0; c < ld; c += block, out += panel) {
-        __m512i v[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) v[i] = _mm512_load_si512(rows + (l + i) * ld + c);
-        amx::detail::transpose(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(out + 32 * i, v[i]);
-      }
-  }
-
-  // Rows as those of a right operand: panels [16 of e][32 rows].
-  static FASTADAPT_AVX512 void pack_rows(const T* rows, int64_t n, int64_t ld, T* out) {
-    for (int64_t c = 0; c < ld; c += block)
-      for (int64_t l = 0; l < n; l += 2) {
-        __m512i pair[2];
-        amx::detail::interleave(_mm512_load_si512(rows + l * ld + c), _mm512_load_si512(rows + (l + 1) * ld + c), &pair[0],
-                                &pair[1]);
-        T* to = out + c * n + l / block * panel + l % block * 16;
-        _mm512_store_si512(to, pair[0]);
-        _mm512_store_si512(to + 16 * n, pair[1]);
-      }
-  }
 
   // Rows of a packed right operand as columns of a left one, tile_keys apart.
   static FASTADAPT_AVX512 void transpose_rows(const T* packed, int64_t n, int64_t ld, T* out) {
@@ -154,19 +111,6 @@ struct AmxTiles : Tiles<BFloat16, W> {
     return s;
   }
 
-  // Two by two tiles of c, (32, 32) and `ldc` apart, = or += a * b: `a` has rows `lda` elements apart, `b` panels of `steps`.
-  template <bool ACCUMULATE>
-  static void multiply(int64_t begin, int64_t end, const T* a, int64_t lda, const T* b, int64_t steps, C* c, int64_t ldc) {
-    const char *first = reinterpret_cast<const char*>(a), *second = first + 32 * lda;
-    if (ACCUMULATE)
-      amx::detail::load_all<2, 2>(c, 4 * ldc);
-    else
-      amx::detail::clear<2, 2>();
-    for (int64_t t = begin; t < end; ++t)
-      amx::detail::step<2, 2>(first + 64 * t, 2 * lda, second + 64 * t, 2 * lda, b + panel * t, b + panel * (steps + t));
-    amx::detail::store_all<2, 2>(c, 4 * ldc);
-  }
-
   // Keys [key, key + 32) of the tile, queries from `begin` on: scores become weights, gradients of weights those of scores.
   static FASTADAPT_AVX512 void weigh(const Problem& p, const Tile& tile, const Thread& w, const Queries& s, int64_t key,
                                      int64_t begin) {
@@ -183,8 +127,8 @@ struct AmxTiles : Tiles<BFloat16, W> {
           VF weight[2], slope[2] = {};
           for (int v = 0; v < 2; ++v) {
             const auto seen = index + static_cast<int>(c + v * L) >= first;
-            weight[v] = power_of_2(load<C>(w.scores + at + v * L) * to_score - load<C>(s.lse + c + v * L));
-            weight[v] = seen ? weight[v] : VF{};
+            const VF score = load<C>(w.scores + at + v * L) * to_score - load<C>(s.lse + c + v * L);
+            weight[v] = seen ? bit_cast<VF>(rough_power_of_2(bit_cast<__m512>(score))) : VF{};
             if (!tile.slopes) continue;
             slope[v] = weight[v] * (load<C>(w.grad_weights + at + v * L) - load<C>(s.delta + c + v * L)) * to_grad;
             slope[v] = seen ? slope[v] : VF{};
