@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastadapt.nn import AdapterBank, AdapterFusion, BottleneckAdapter, freeze_except
+from fastadapt.nn import AdapterBank, AdapterFusion, BottleneckAdapter, freeze_except, load_adapters, save_adapters
 
 from .accuracy import assert_within_reference_error
 from .test_nn import DEVICE, D, R, call, plain, pooled, randomised
@@ -97,6 +97,17 @@ def test_adapters_are_frozen_and_a_bank_is_taken_as_it_is():
     model(x).sum().backward()
     assert all(p.grad is None for p in bank.parameters()) and fusion.key.weight.grad is not None
     assert torch.equal(fusion(x), fusion(x, torch.zeros_like(x)))  # a bank without a residual of its own adds none
+
+
+def test_files_of_another_temperature_are_refused(tmp_path):
+    warm, cold = (nn.Sequential(build(temperature=t)) for t in (4.0, 1.0))
+    save_adapters(warm, tmp_path / "warm.safetensors")
+    with pytest.raises(ValueError, match="temperature=4.0 in the file, temperature=1.0 in the model"):
+        load_adapters(cold, tmp_path / "warm.safetensors")
+    other = nn.Sequential(build(temperature=4.0))
+    load_adapters(other, tmp_path / "warm.safetensors")
+    x = torch.randn(2, 3, D, device=DEVICE)
+    assert torch.equal(other(x), warm(x))
 
 
 def test_products_of_width_d_do_not_grow_with_the_adapters():

@@ -133,8 +133,13 @@ class AdapterFusion(nn.Module):
         difference = self.value.weight - torch.eye(self.d, device=self.value.weight.device, dtype=self.value.weight.dtype)
         return weight * difference.square().sum()
 
+    def options(self) -> dict:
+        """The constructor's arguments that decide what is computed."""
+        query = "learned" if self.key is None else "hidden"
+        return {"query": query, "value": self.value is not None, "temperature": self.temperature}
+
     def extra_repr(self) -> str:
-        return f"d={self.d}, query={'learned' if self.key is None else 'hidden'!r}, temperature={self.temperature}"
+        return ", ".join(f"{name}={value!r}" for name, value in {"d": self.d, **self.options()}.items())
 
 
 def _bank(adapters: Sequence[BottleneckAdapter]) -> AdapterBank:
