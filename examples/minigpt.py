@@ -120,29 +120,29 @@ def _beside(model: MiniGPT, r: int) -> None:
 
 
 METHODS = {
-    "full": Method("all weights", 5e-4, lambda model, r: model.requires_grad_(True)),
-    "bitfit": Method("the biases (Ben Zaken et al. 2022)", 3e-3, _attached("bitfit", ())),
+    "full": Method("all weights", 2e-3, lambda model, r: model.requires_grad_(True)),
+    "bitfit": Method("the biases (Ben Zaken et al. 2022)", 2e-2, _attached("bitfit", ())),
     "bottleneck": Method(
-        "a bottleneck after the FFN (Pfeiffer et al. 2021)", 3e-3, _attached("bottleneck", activation="gelu"), ("bottleneck",)
+        "a bottleneck after the FFN (Pfeiffer et al. 2021)", 1e-2, _attached("bottleneck", activation="gelu"), ("bottleneck",)
     ),
-    "houlsby": Method("the same after attention too (Houlsby et al. 2019)", 3e-3, _attached("houlsby"), ("bottleneck",)),
-    "parallel": Method("a bottleneck beside the FFN (He et al. 2022)", 3e-3, _attached("parallel"), ("bottleneck",)),
+    "houlsby": Method("the same after attention too (Houlsby et al. 2019)", 5e-3, _attached("houlsby"), ("bottleneck",)),
+    "parallel": Method("a bottleneck beside the FFN (He et al. 2022)", 5e-3, _attached("parallel"), ("bottleneck",)),
     "compacter": Method(
-        "as houlsby, of Kronecker products (Karimi Mahabadi et al. 2021)", 1e-2, _attached("compacter", init_std=None),
+        "as houlsby, of Kronecker products (Karimi Mahabadi et al. 2021)", 2e-2, _attached("compacter", init_std=None),
         ("compacter",),
     ),
-    "lora": Method("low-rank updates of queries and values (Hu et al. 2021)", 3e-3, _attached("lora"), ("lora",)),
-    "dora": Method("the same, with magnitudes (Liu et al. 2024)", 3e-3, _attached("dora"), ("lora",)),
-    "kron": Method("Kronecker products there (Edalati et al. 2022)", 3e-3, _attached("kron", ()), ("kron",)),
+    "lora": Method("low-rank updates of queries and values (Hu et al. 2021)", 1e-2, _attached("lora"), ("lora",)),
+    "dora": Method("the same, with magnitudes (Liu et al. 2024)", 1e-2, _attached("dora"), ("lora",)),
+    "kron": Method("Kronecker products there (Edalati et al. 2022)", 3e-2, _attached("kron", ()), ("kron",)),
     "prefix": Method(
-        "keys and values in front of the text's (Li and Liang 2021)", 1e-2, _attached("prefix", ("p",), init_std=0.3),
+        "keys and values in front of the text's (Li and Liang 2021)", 2e-1, _attached("prefix", ("p",), init_std=0.3),
         ("prefix",),
     ),
     "mam": Method(
-        "prefix and parallel (He et al. 2022)", 3e-3, _attached("mam", ("p", "r")), ("prefix", "bottleneck")
+        "prefix and parallel (He et al. 2022)", 1e-2, _attached("mam", ("p", "r")), ("prefix", "bottleneck")
     ),
-    "prompt": Method("vectors in front of the embedded text (Lester et al. 2021)", 1e-2, _in_front, ("prompt",)),
-    "side": Method("a small network beside the frozen one (Sung et al. 2022)", 3e-3, _beside, ("side",)),
+    "prompt": Method("vectors in front of the embedded text (Lester et al. 2021)", 1e-1, _in_front, ("prompt",)),
+    "side": Method("a small network beside the frozen one (Sung et al. 2022)", 1e-2, _beside, ("side",)),
 }  # fmt: skip
 
 
