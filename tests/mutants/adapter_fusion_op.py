@@ -26,7 +26,7 @@ MUTANTS = (
         fast=True,
     ),
     Mutant(
-        "weights promised in 16 bits", "wrong promise to the compiler", {REGISTERED: "dtype"},
+        "weights promised in 16 bits", "wrong promise to the compiler", {REGISTERED: "Dtypes torch.float32 and torch.bfloat16"},
         [(OP, "query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))", "query.new_empty(shape)")],
     ),
     Mutant(
