@@ -11,6 +11,7 @@ from fastadapt.ops.adapter_fusion import _MAX_CUDA
 from .battery import check, run
 from .gpuless import emulated, stable
 from .specs.adapter_fusion import SPEC, make
+from .test_adapter_fusion import rows_that_one_adapter_wins
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 module = functools.cache(emulated.module)
@@ -34,6 +35,11 @@ def test_bits_are_those_without_room_in_shared_memory(emulate, shape):
         results.append(run(SPEC.op, arguments, grad_y, backend="native"))
     kept, read_again = results
     assert all(torch.equal(kept[name], read_again[name]) for name in kept)
+
+
+def test_rows_that_one_adapter_wins_have_right_gradients(emulate):
+    emulate()
+    rows_that_one_adapter_wins("native")
 
 
 def test_most_adapters(emulate):

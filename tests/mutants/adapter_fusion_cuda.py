@@ -37,7 +37,7 @@ MUTANTS = (
     ),
     Mutant(
         "no mean in the gradient of the softmax", "missing term", {PLAIN: ERROR.format("query")},
-        [(KERNELS, "weights[i] * (factor - mean)", "weights[i] * factor")],
+        [(KERNELS, "weights[i] * (factor -= mean)", "weights[i] * factor"), (KERNELS, "(factor - rest)", "factor")],
         fast=True,
     ),
     Mutant(
