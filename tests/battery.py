@@ -17,10 +17,14 @@ FEW = (torch.float32,) if INTERPRET else (torch.float32, torch.bfloat16)
 TELLING = ("m33-d65-r17", "everything", "dora-with-everything", "gated-with-everything", "bank-with-everything")
 
 
-def over(*case_names, cases=lambda spec: spec.cases, dtypes=None, thin=False):
-    """Parametrize a test over ops, backends that exist here, cases (all if none is named) and dtypes. ``thin``: the short run
-    takes the telling cases in every dtype, and each of the others in one dtype or another."""
-    slow = lambda i, j, case, n: thin and i % n != j and case.name not in TELLING  # noqa: E731
+def over(*case_names, cases=lambda spec: spec.cases, dtypes=None, turns=False, thin=False, whole=TELLING, quick=None):
+    """Parametrize a test over ops, backends that exist here, cases (all if none is named) and dtypes. ``turns``: each case in
+    one dtype or another. ``thin``: so does the short run, but takes the cases named in ``whole`` in every dtype. ``quick``: the
+    short run takes the cases named here alone."""
+
+    def slow(i, j, case, n):
+        return thin and i % n != j and case.name not in whole or quick is not None and case.name not in quick
+
     return pytest.mark.parametrize(
         "spec, backend, case, dtype",
         [
@@ -34,6 +38,7 @@ def over(*case_names, cases=lambda spec: spec.cases, dtypes=None, thin=False):
             for i, case in enumerate(cases(spec))
             if not case_names or case.name in case_names
             for j, dtype in enumerate(dtypes or spec.dtypes)
+            if not turns or i % len(dtypes or spec.dtypes) == j
         ],
     )
 

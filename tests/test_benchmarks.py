@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import report, run, tasks
+from benchmarks import drop, report, run, tasks
 from benchmarks.agreement import Judge, disagreement
 from benchmarks.contestants import Contestant, backends, differentiated, enter, quiet
 from benchmarks.memory import saved_extra
@@ -160,6 +160,14 @@ def test_several_tasks(monkeypatch, capsys):
         monkeypatch.setattr(tasks, name, value)
     tasks.main(["--seconds", "0", "--threads", str(torch.get_num_threads())])
     assert len(re.findall(r"\d x$", capsys.readouterr().out, re.MULTILINE)) == 3
+
+
+@pytest.mark.slow
+def test_dropped_adapters(monkeypatch, capsys):
+    for name, value in {"LAYERS": 2, "D": 24}.items():
+        monkeypatch.setattr(tasks, name, value)
+    drop.main(["--seconds", "0", "--threads", str(torch.get_num_threads())])
+    assert len(re.findall(r"-?\d %$|-?\d%$", capsys.readouterr().out, re.MULTILINE)) == len(drop.METHODS)
 
 
 def test_saved_memory_counts_each_once_and_not_what_is_held():

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from .gpuless import budgets, cuda_budget
+from .gpuless import budgets, cuda_budget, nvcc
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -33,7 +33,7 @@ __global__ void sound(float* out) {
 def check(source, architectures):
     measured = cuda_budget.compiled(source, architectures)
     budget = budgets.read(f"{source.stem}.cuda")
-    known = budget["compiler"] in (None, cuda_budget.compiler())
+    known = budget["compiler"] in (None, nvcc.version())
     problems = []
     for architecture in architectures:
         rows = {name: chips[architecture] for name, chips in measured.items()}
@@ -42,16 +42,16 @@ def check(source, architectures):
             problems += budgets.exceeded(budget, rows, architecture, complete=True)
     assert not problems, "\n".join(problems)
     if not known:
-        pytest.skip(f"registers unchecked: the budgets are of {budget['compiler']}, this is {cuda_budget.compiler()}")
+        pytest.skip(f"registers unchecked: the budgets are of {budget['compiler']}, this is {nvcc.version()}")
 
 
 @pytest.mark.parametrize("source", cuda_budget.SOURCES, ids=lambda p: p.name)
 def test_compiles_and_fits(source):
-    check(source, (90,))
+    check(source, (80,))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [a for a in cuda_budget.ARCHITECTURES if a != 90])
+@pytest.mark.parametrize("architecture", [a for a in cuda_budget.ARCHITECTURES if a != 80])
 @pytest.mark.parametrize("source", cuda_budget.SOURCES, ids=lambda p: p.name)
 def test_compiles_and_fits_elsewhere(source, architecture):
     check(source, (architecture,))
@@ -74,6 +74,6 @@ def test_finds_planted_faults(tmp_path):
     budget = {"kernels": {"sound": {"90": [rows["sound"]["registers"], 96, 0, 0]}}}
     (fault,) = budgets.exceeded(budget, {"sound": rows["sound"]}, 90, complete=True)
     assert "sound uses shared 128, its budget is 96" in fault and "make budgets" in fault
-    source.write_text("no CUDA")
+    (tmp_path / "broken.cu").write_text("no CUDA")
     with pytest.raises(RuntimeError, match="error"):
-        cuda_budget.compiled(source, (90,))
+        cuda_budget.compiled(tmp_path / "broken.cu", (90,))

@@ -1,6 +1,5 @@
 """What the battery can't say of the CUDA kernels of compacter and kron_linear: ids outside a bank, the largest rank space."""
 
-import functools
 import shutil
 
 import pytest
@@ -14,13 +13,12 @@ from .specs.compacter import make as make_compacter
 from .specs.kron_linear import make as make_kron_linear
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-module = functools.cache(emulated.module)
 
 
 @pytest.fixture
 def emulate(monkeypatch):
     def install(op, **settings):
-        stable.install(monkeypatch, SPECS[op], module(op).with_settings(**settings))
+        stable.install(monkeypatch, SPECS[op], emulated.module(op).with_settings(**settings))
         return SPECS[op]
 
     return install

@@ -18,13 +18,12 @@ from .specs.lora_linear import ALL, make
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 SPEC = SPECS["lora_linear"]
 SEED, P = torch.tensor(0x7123456789ABCDEF), 0.3
-module = functools.cache(emulated.module)
 
 
 @pytest.fixture
 def emulate(monkeypatch):
     def install(**settings):
-        stable.install(monkeypatch, SPEC, module("lora_linear").with_settings(**settings))
+        stable.install(monkeypatch, SPEC, emulated.module("lora_linear").with_settings(**settings))
 
     return install
 

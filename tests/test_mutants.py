@@ -52,7 +52,9 @@ def test_edits_fit_the_sources(op, kind):
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("mutants"), mutants=[mutant for p in QUICK for mutant in p.values])
+    workshop = Workshop(tmp_path_factory.mktemp("mutants"), mutants=[mutant for p in QUICK for mutant in p.values])
+    yield workshop
+    workshop.close()
 
 
 @pytest.mark.parametrize("mutant", QUICK)
@@ -72,7 +74,9 @@ def toy(tmp_path_factory):
     tests = "from kernels.one import one\n\ndef test_right():\n    assert one == 1\n\ndef test_wrong():\n    assert one == 3\n"
     (root / "tests/test_one.py").write_text(tests)
     mutants = [Mutant("toy", "toy", {Rung("tests/test_one.py", name): ""}, ()) for name in ("right", "wrong")]
-    return Workshop(tmp_path_factory.mktemp("mutants of the toy"), root, mutants)
+    workshop = Workshop(tmp_path_factory.mktemp("mutants of the toy"), root, mutants)
+    yield workshop
+    workshop.close()
 
 
 @pytest.mark.parametrize(

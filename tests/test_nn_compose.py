@@ -19,8 +19,10 @@ from fastadapt.nn import (
     Stacked,
     Switched,
     average_adapters,
+    drop_adapters,
     freeze_except,
     load_adapters,
+    route,
     save_adapters,
 )
 
@@ -237,3 +239,15 @@ def make(d=D, **options):
 def test_refuses(wrong, error, message):
     with pytest.raises(error, match=message):
         wrong()
+
+
+def test_compositions_are_routed_and_dropped():
+    bank, one, two = AdapterBank(2, D, R), BottleneckAdapter(D, R), BottleneckAdapter(D, R)
+    model = randomised(nn.Sequential(Stacked(bank, Switched({"a": one}, active="a")), Averaged(two)))
+    x, ids = torch.randn(3, D, device=DEVICE), torch.tensor([1, -1, 0], device=DEVICE)
+    with route(model, ids):
+        assert torch.equal(model(x), two(one(bank(x, ids))))
+        with drop_adapters(model, [0]):
+            assert torch.equal(model(x), two(x))
+        with drop_adapters(model, [1]):
+            assert torch.equal(model(x), one(bank(x, ids)))

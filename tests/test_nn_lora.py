@@ -248,8 +248,8 @@ def test_freeze_except():
         assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
         assert all(trainable[name] is model.get_parameter(name) for name in expected)
     assert linear <= set(freeze_except(model, nn.Linear)) and "first.base.weight" not in freeze_except(model, nn.Linear)
-    with pytest.raises(ValueError, match="kinds must be types of modules or some of .*, got 'side'"):
-        freeze_except(model, "side")
+    with pytest.raises(ValueError, match="kinds must be types of modules or some of .*, got 'sides'"):
+        freeze_except(model, "sides")
     with pytest.raises(ValueError, match="model must have a module of the kind 'lora', got none"):
         freeze_except(linear := nn.Linear(3, 3), "lora")
     assert linear.weight.requires_grad  # what fails changes nothing

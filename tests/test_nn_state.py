@@ -15,6 +15,7 @@ from fastadapt.nn import (  # noqa: E402
     AdapterBank,
     BottleneckAdapter,
     CompacterAdapter,
+    HyperAdapter,
     KronALinear,
     LoRABank,
     LoRAEmbedding,
@@ -23,6 +24,7 @@ from fastadapt.nn import (  # noqa: E402
     ParallelAdapter,
     PrefixAttention,
     PromptEncoder,
+    attach,
     freeze_except,
     load_adapters,
     save_adapters,
@@ -48,6 +50,7 @@ def model(**options):
             "parallel": ParallelAdapter(nn.Linear(D, D), BottleneckAdapter(D, 4, norm="pre", scale="learned")),
             "bank": AdapterBank(2, D, 4, skip="hidden"),
             "slots": bank,
+            "hyper": HyperAdapter(["a", "b"], 2, D, 4, embedding=3, hidden=5),
             "phm": nn.ModuleList([first, second]),
             "twice": nn.ModuleList([first]),
             "head": nn.Linear(D, 2),
@@ -182,6 +185,32 @@ def test_alpha_of_lora_is_compared(tmp_path):
     path = save(nn.Sequential(LoRALinear(nn.Linear(D, D), 4, alpha=8)), tmp_path / "a")
     with pytest.raises(ValueError, match=r"0 has scale=2\.0 in the file, scale=4\.0 in the model"):
         load_adapters(nn.Sequential(LoRALinear(nn.Linear(D, D), 4)), path)
+
+
+def test_generated_adapters_are_compared(tmp_path):
+    tasks, sizes = ["a", "b"], {"embedding": 3, "hidden": 5}
+    path = save(HyperAdapter(tasks, 2, D, 4, **sizes), tmp_path / "a")
+    with pytest.raises(ValueError, match="the model has norm='post' in the file, norm='pre' in the model"):
+        load_adapters(HyperAdapter(tasks, 2, D, 4, norm="pre", **sizes), path)
+    with pytest.raises(ValueError, match=r"task_embeddings\.c is missing in the file; task_embeddings\.b is not in the model"):
+        load_adapters(HyperAdapter(["a", "c"], 2, D, 4, **sizes), path)
+
+
+def test_attached_adapters(tmp_path):
+    """Each method on the same model; one after a layer with LoRA lies inside that."""
+    models = [nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 2 * D), 2, enable_nested_tensor=False) for _ in range(2)]
+    x = torch.randn(3, 2, D)
+    for one in models:
+        attach(one, "lora", targets="linear2", r=2)
+        attach(one, "houlsby", r=4)
+        attach(one, "compacter", targets="linear1", r=8)
+    source, target = randomised(models[0]).eval(), models[1].eval()
+    trained = freeze_except(source, ("lora", "bottleneck", "compacter"))
+    path = save(source, tmp_path / "a")
+    frozen = {name: t for name, t in source.state_dict().items() if name not in trained}
+    target.load_state_dict(frozen, strict=False)
+    assert not torch.equal(target(x), source(x))
+    assert set(trained) <= set(load_adapters(target, path)) and torch.equal(target(x), source(x))
 
 
 def test_cast(tmp_path):

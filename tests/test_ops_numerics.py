@@ -16,13 +16,13 @@ from .specs import SPECS
 NARROW = (torch.bfloat16, torch.float16)
 
 
-@over(*TELLING, "norm", "channel-scale", "float32-parameters", "bank-of-sequences", dtypes=NARROW)
+@over(*TELLING, "norm", "channel-scale", "float32-parameters", "bank-of-sequences", dtypes=NARROW, thin=INTERPRET, whole=())
 def test_rounds_where_the_docstring_says(spec, backend, case, dtype):
     numerics.rounds_where_documented(spec, backend, case, dtype, elements=2000 if INTERPRET else 8000)
 
 
 @pytest.mark.slow
-@over(cases=numerics.wide, dtypes=NARROW)
+@over(cases=numerics.wide, dtypes=NARROW, turns=INTERPRET)
 def test_every_case_rounds_where_the_docstring_says(spec, backend, case, dtype):
     numerics.rounds_where_documented(spec, backend, case, dtype, elements=4000 if INTERPRET else 20_000)
 
@@ -118,7 +118,7 @@ def test_fuzz(op, backend, data):
 
 @pytest.mark.slow
 @calls
-@examples(150 if INTERPRET else 500)
+@examples(100 if INTERPRET else 500)
 @hypothesis.given(data=st.data())
 def test_long_fuzz(op, backend, data):
     fuzz(op, backend, data)

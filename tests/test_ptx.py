@@ -8,11 +8,11 @@ import torch
 
 from fastadapt._leaf import INTERPRET
 
-from .gpuless import stable
+from .gpuless import nvcc, stable
 from .gpuless.emulated import CUDA
 from .gpuless.emulated import ops as cuda_ops
 from .gpuless.ptx import triton_device
-from .gpuless.ptx.cuda_device import CudaDevice, compile_ptx
+from .gpuless.ptx.cuda_device import CudaDevice
 from .gpuless.ptx.machine import Launch
 from .gpuless.ptx.memory import Memory
 from .gpuless.ptx.parser import Fault, Refused
@@ -27,6 +27,7 @@ pytestmark = [
 ]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 ARCHITECTURES = (80, 90)
+QUICK = ((torch.bfloat16, 90), (torch.float32, 80))
 # What every op's code for sm_90 is ordered by; one with wgmma, by all of ORDERING.
 BASIC = {"bar.sync", "bar.warp.sync", "cp.async.wait_group", "cp.async.commit_group"}
 # One multiprocessor: the tallest tiles. Many: the lowest ones, and many splits of the rows.
@@ -54,17 +55,20 @@ def name(dtype):
 
 
 # What float16 adds to bfloat16, and sm_90 to what nvcc makes for sm_80 (test_cuda_is_one_code_for_all), the telling cases show.
+# Another case takes turns: in one dtype on one architecture or with one plan, in the other dtype on the other one.
 
 
 def triton_calls():
     for op, spec in SPECS.items():
-        for arch in ARCHITECTURES:
-            for dtype in spec.dtypes:
-                for case in (*spec.cases, *spec.tiled):
-                    if dtype == torch.float16 and case.name not in TELLING:
+        telling = [case for case in spec.cases if case.name in TELLING]
+        for i, case in enumerate((*spec.cases, *spec.tiled)):
+            for j, dtype in enumerate(spec.dtypes):
+                for k, arch in enumerate(ARCHITECTURES):
+                    turn = dtype != torch.float16 and (case in spec.tiled or (i + j + k) % 2 == 0)
+                    if not (turn or case in telling):
                         continue
-                    # The short run takes the telling cases, of each architecture in one dtype.
-                    quick = case.name in TELLING and dtype == {80: torch.float32, 90: torch.bfloat16}[arch]
+                    # The short run takes each telling case once: in float32 on sm_80 or in bfloat16 on sm_90.
+                    quick = case in telling and (dtype, arch) == QUICK[telling.index(case) % 2]
                     marks = () if quick else pytest.mark.slow
                     yield pytest.param(op, arch, case, dtype, marks=marks, id=f"{op}-{case.name}-{name(dtype)}-sm_{arch}")
 
@@ -79,7 +83,8 @@ def cuda_calls():
                         # The short run takes each case, and one of several tiles, once, in one dtype and plan or another.
                         quick = arch == 80 and i % len(spec.dtypes) == j and i % len(PLANS) == k
                         quick &= case not in spec.tiled[1:]
-                        if not quick and case.name not in TELLING and (arch != 80 or dtype == torch.float16):
+                        turn = arch == 80 and dtype != torch.float16 and (case in spec.tiled or (i + j + k) % 2)
+                        if not (quick or turn or case.name in TELLING):
                             continue
                         marks = () if quick else pytest.mark.slow
                         what = f"{op}-{case.name}-{name(dtype)}-{plan}-sm_{arch}"
@@ -105,7 +110,7 @@ def test_cuda_matches_reference(on_cuda, op, arch, plan, case, dtype):
 def test_cuda_is_one_code_for_all(op):
     """nvcc's PTX for sm_80 and sm_90 differs in how a bfloat16 becomes a float32, and nowhere else."""
     to_float = r"\{ (mov\.b32 (%f\d+), \{0,(%rs\d+)\}|cvt\.f32\.bf16 (%f\d+), (%rs\d+));\}"
-    codes = [compile_ptx(CUDA / f"{op}.cu", arch).partition(".entry")[2] for arch in ARCHITECTURES]
+    codes = [nvcc.ptx(CUDA / f"{op}.cu", arch).partition(".entry")[2] for arch in ARCHITECTURES]
     first, *others = [re.sub(to_float, r"\2\4 = \3\5", code).splitlines() for code in codes]
     assert first and all(first == other for other in others)
 
@@ -164,7 +169,7 @@ def test_cuda_needs_every_barrier_wait_and_fence(on_cuda, op, once):
     for case in [SPECS[op].case("everything")] if once else SPECS[op].planted:
         run(SPECS[op].op, case.make(torch.bfloat16, "cpu"), backend="native")
     assert not planted.missed()
-    code = compile_ptx(CUDA / f"{op}.cu", 80)
+    code = nvcc.ptx(CUDA / f"{op}.cu", 80)
     present = {name for name in ("bar.sync", "cp.async.wait_group", "cp.async.commit_group") if name in code}
     assert planted.reported() == planted.instructions() >= present >= {"bar.sync"}
 

@@ -27,7 +27,6 @@ FA_KERNELS
 Kernel amx_kernel(Dtype, bool);
 BackwardKernel amx_backward_kernel(Dtype, bool);
 }
-
 #endif
 #undef FA_KERNELS
 

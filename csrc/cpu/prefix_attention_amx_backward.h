@@ -11,14 +11,14 @@
 namespace fastadapt::FA_TARGET::prefix_attention {
 
 template <class W>
-struct AmxTiles : Tiles<BFloat16, W>, Matrix {
+struct AmxTiles : Tiles<BFloat16, W>, AmxOperands {
   using Base = Tiles<BFloat16, W>;
-  using Matrix::T, Matrix::C, Matrix::width, Matrix::copy, Matrix::pack_rows, Matrix::pack_columns;
+  using AmxOperands::T, AmxOperands::C, AmxOperands::width, AmxOperands::pack_rows, AmxOperands::pack_columns;
   using typename Base::Softmax, typename Base::Tile;
   using Base::group, Base::L;
 
   // A tile of many keys: what is packed of its queries serves them all.
-  static constexpr int64_t tile_keys = 256, tile_queries = 128;
+  static constexpr int64_t tile_keys = 256, tile_queries = 128, strip = block;
 
   static FA_INLINE bool fits(const Problem& p) { return !p.gate && p.mask_kind == Mask::none && !p.dropped; }
 
@@ -127,8 +127,8 @@ struct AmxTiles : Tiles<BFloat16, W>, Matrix {
           VF weight[2], slope[2] = {};
           for (int v = 0; v < 2; ++v) {
             const auto seen = index + static_cast<int>(c + v * L) >= first;
-            weight[v] = power_of_2(load<C>(w.scores + at + v * L) * to_score - load<C>(s.lse + c + v * L));
-            weight[v] = seen ? weight[v] : VF{};
+            const VF score = load<C>(w.scores + at + v * L) * to_score - load<C>(s.lse + c + v * L);
+            weight[v] = seen ? bit_cast<VF>(rough_power_of_2(bit_cast<__m512>(score))) : VF{};
             if (!tile.slopes) continue;
             slope[v] = weight[v] * (load<C>(w.grad_weights + at + v * L) - load<C>(s.delta + c + v * L)) * to_grad;
             slope[v] = seen ? slope[v] : VF{};

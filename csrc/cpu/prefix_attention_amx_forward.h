@@ -9,9 +9,9 @@
 namespace fastadapt::FA_TARGET::prefix_attention {
 
 template <class W>
-struct AmxForward : Forward<BFloat16, W>, Matrix {
+struct AmxForward : Forward<BFloat16, W>, AmxOperands {
   using Vector = Forward<BFloat16, W>;
-  using Matrix::T, Matrix::C;
+  using AmxOperands::T, AmxOperands::C;
   using typename Vector::Sums, typename Vector::Unit;
   using Vector::L, Vector::each_row;
 

@@ -6,7 +6,7 @@
 #if FASTADAPT_AMX
 namespace fastadapt::FA_TARGET::prefix_attention {
 
-struct Matrix {
+struct AmxOperands {
   using T = BFloat16;
   using C = float;
 

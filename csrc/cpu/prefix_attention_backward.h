@@ -108,8 +108,14 @@ struct BackwardOf : Base {
 
   // --- a sequence ------------------------------------------------------------------------------------------------------
 
-  // In float64: that the gradients of a query's scores cancel leaves little else.
+  // In float64: that the gradients of a query's scores cancel leaves little else. A y of 16 bits was rounded by more.
   static FA_INLINE C dot(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t n) {
+    if constexpr (sizeof(T) == 2) {
+      Vec<C> total = {};
+      for (int64_t c = 0; c < n; c += L)
+        total += load_at<C>(a + c * a_step, 0, n - c, a_step) * load_at<C>(b + c * b_step, 0, n - c, b_step);
+      return sum<C>(total);
+    }
     double sums[L];
     Doubles<L> total = {};
     for (int64_t c = 0; c < n; c += L)
@@ -205,7 +211,8 @@ struct BackwardOf : Base {
       const bool slopes = own ? wants.own_slopes : wants.prefix_slopes;
       const Tile tile{i, head, first, most(0, least(tile_keys, end - first)), own, slopes};
       if (!(own ? wants.own : wants.prefix && p.prefix_of[i] >= 0)) continue;
-      for (C* grad : {w.grad_k, w.grad_v}) memset(grad, 0, tile_keys * width(p) * sizeof(C));
+      const int64_t rows = least(tile_keys, round_up(own ? p.t_k - first : tile.n, Base::strip));
+      for (C* grad : {w.grad_k, w.grad_v}) memset(grad, 0, rows * width(p) * sizeof(C));
       if (tile.n) {
         Base::pack(p, tile, w);
         each_queries(p, tile, w, [&](const Queries& s, int64_t row) { Base::visit(p, tile, w, s, grad_of(row), ld); });

@@ -29,16 +29,6 @@ __device__ __forceinline__ void add_narrow(
   }
 }
 
-// The sum of v over the threads of a block, for thread 0.
-__device__ __forceinline__ float sum_block(float v, float* shared) {
-  for (int o = 16; o; o /= 2) v += __shfl_xor_sync(0xffffffffu, v, o);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-  __syncthreads();
-  float sum = 0.f;
-  for (int i = 0; i < kWarps; i++) sum += shared[i];
-  return sum;
-}
-
 // One block takes a split of an adapter's rows, tile by tile: writes their grad_x, and the sums over them to its plane.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) compacter_bwd_kernel(const __grid_constant__ CompacterGradients q) {

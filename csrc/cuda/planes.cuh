@@ -2,18 +2,9 @@
 // kernel adds in a fixed order.  No atomics.
 #pragma once
 #include "bank.cuh"
+#include "sums.cuh"
 
 namespace fastadapt {
-
-struct Span {
-  int64_t begin, end;
-};
-
-// One split of [begin, end), in steps of `step`.
-__device__ __forceinline__ Span split_span(int64_t begin, int64_t end, int64_t split, int64_t splits, int step) {
-  const int64_t rows = divide_up(divide_up(end - begin, splits), step) * step;
-  return Span{least(begin + split * rows, end), least(begin + (split + 1) * rows, end)};
-}
 
 // The positions of one split of an adapter's rows.
 __device__ __forceinline__ Span split_rows(const Groups& groups, int adapter, int64_t split, int64_t splits, int step) {
@@ -79,38 +70,6 @@ __device__ __forceinline__ void outer_elements(const float (&acc)[8][4], F f) {
     for (int j = 0; j < 8; j++)
 #pragma unroll
       for (int i = 0; i < 2; i++) f(warp * 16 + lane / 4 + half * 8, j * 8 + lane % 4 * 2 + i, acc[j][half * 2 + i]);
-}
-
-// The two sums of f(position) over the span, as sums of sums like those in multiply.
-template <class F>
-__device__ __forceinline__ float2 sum_rows(Span span, F f) {
-  float2 sum{0.f, 0.f};
-  for (int64_t begin = span.begin; begin < span.end; begin += 32) {
-    float2 part[4] = {};
-    for (int step = 0; step < 32; step += 4)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (begin + step + i >= span.end) break;
-        const float2 v = f(begin + step + i);
-        part[i].x += v.x, part[i].y += v.y;
-      }
-    sum.x += (part[0].x + part[1].x) + (part[2].x + part[3].x);
-    sum.y += (part[0].y + part[1].y) + (part[2].y + part[3].y);
-  }
-  return sum;
-}
-
-__device__ __forceinline__ float add_planes(const float* planes, int64_t splits, int64_t stride) {
-  float sum = 0.f;
-#pragma unroll 4
-  for (int64_t s = 0; s < splits; s++) sum += planes[s * stride];
-  return sum;
-}
-
-template <class T>
-__device__ __forceinline__ void store_gradient(void* out, int is_float, int64_t i, float v) {
-  if (is_float) static_cast<float*>(out)[i] = v;
-  else static_cast<T*>(out)[i] = from_float<T>(v);
 }
 
 }  // namespace fastadapt

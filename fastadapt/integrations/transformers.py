@@ -79,7 +79,7 @@ def attention(
     else:  # a static cache is longer than what causality counts from
         attention_mask, is_causal = attention_mask[..., : key.shape[2]], False
     prefix = getattr(module, "fastadapt_prefix", None)
-    if prefix is None:
+    if prefix is None or getattr(module, "fastadapt_dropped", False):
         none = key.new_empty(key.shape[1], 0, key.shape[3])
         prefix = Prefix(none, none)
     y = prefix_attention(
@@ -197,6 +197,7 @@ def add_prefix(
     e = getattr(config, "head_dim", None) or config.hidden_size // h
     dtype = model.dtype if model.dtype == torch.float64 else torch.float32
     encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **{"device": model.device, "dtype": dtype, **options})
+    encoder.attentions = tuple(layers)  # in a tuple they aren't submodules of it
     hook = _Hook(layers, p if shift_positions else 0, backend, model.config._attn_implementation)
     model.set_attn_implementation(NAME)
     model.prefix_encoder = encoder.train(model.training)

@@ -11,7 +11,7 @@ from .compose import Averaged, Stacked, Switched
 from .fusion import AdapterFusion
 from .hyper import HyperAdapter
 from .kron import KronALinear, KronLinear, PHMLinear
-from .lora import LoRAEmbedding, LoRALinear
+from .lora import LoRAEmbedding, LoRALinear, is_conv1d
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
 from .prefix import PrefixEncoder
@@ -31,6 +31,41 @@ KINDS = {
     "side": (SideNetwork, LadderSideNetwork),
 }
 _BESIDE_A_BASE = (*KINDS["lora"], *KINDS["side"], KronALinear)
+_WITH_BIAS = (
+    nn.Linear, nn.Bilinear, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd,
+)  # fmt: skip
+
+
+def _own_biases(module: nn.Module) -> list[nn.Parameter | None]:
+    """What ``module`` itself adds to its outputs, by its type."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [module.in_proj_bias]
+    if isinstance(module, nn.RNNBase):
+        return [p for p in module.parameters(recurse=False) if p.dim() == 1]
+    return [module.bias] if isinstance(module, _WITH_BIAS) or is_conv1d(module) else []
+
+
+def biases(model: nn.Module) -> set[nn.Parameter]:
+    """The biases of ``model``, those of norms too, and not those in adapters.
+
+    A table of relative positions, such as T5's ``relative_attention_bias``, is an embedding and no bias.
+    """
+    adapters = tuple(kind for kinds in KINDS.values() for kind in kinds)
+    inside = {m for adapter in model.modules() if isinstance(adapter, adapters) for m in adapter.modules()}
+    inside -= {m for adapter in model.modules() if isinstance(adapter, _BESIDE_A_BASE) for m in adapter.base.modules()}
+    found = {p for module in model.modules() if module not in inside for p in _own_biases(module)}
+    return found - {None}
+
+
+def _parameters(model: nn.Module, kind: str | type) -> set[nn.Parameter]:
+    """What is trained of ``kind``."""
+    found = [module for module in model.modules() if isinstance(module, KINDS.get(kind, kind))]
+    if not found:
+        raise ValueError(f"model must have a module of the kind {kind!r}, got none")
+    # An adapter that attach has put after a layer with LoRA is a child of that, as its base is.
+    beside = [module for module in found if isinstance(module, _BESIDE_A_BASE)]
+    others = [part for module in beside for part in (module.base, module._modules.get("attached")) if part is not None]
+    return {p for module in found for p in module.parameters()} - {p for part in others for p in part.parameters()}
 
 
 def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) -> dict[str, nn.Parameter]:
@@ -39,8 +74,9 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
     Args:
         model: a module that contains adapters.
         kinds: one or more of the keys of ``KINDS``, such as ``"bottleneck"``, ``"lora"``, ``"prefix"`` and ``"fusion"``, or
-            types of modules, for example ``nn.LayerNorm``. The layers that LoRA and KronA call ``base`` stay frozen, whatever
-            their type, and so do the adapters that are fused.
+            types of modules, for example ``nn.LayerNorm``. What LoRA, KronA and side networks call ``base`` stays frozen,
+            whatever its type, and so do the adapters that are fused, unless ``"bitfit"`` is among the kinds, which means all
+            biases, see :func:`train_biases`.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
@@ -50,17 +86,18 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
     """
     kinds = (kinds,) if isinstance(kinds, str | type) else tuple(kinds)
     for kind in kinds:
-        if kind not in KINDS and not isinstance(kind, type):
-            raise ValueError(f"kinds must be types of modules or some of {tuple(KINDS)}, got {kind!r}")
-    wanted = set()
-    for kind in kinds:
-        found = [module for module in model.modules() if isinstance(module, KINDS.get(kind, kind))]
-        if not found:
-            raise ValueError(f"model must have a module of the kind {kind!r}, got none")
-        wanted.update(p for module in found for p in module.parameters())
+        if kind not in (*KINDS, "bitfit") and not isinstance(kind, type):
+            raise ValueError(f"kinds must be types of modules or some of {(*KINDS, 'bitfit')}, got {kind!r}")
+    wanted = {p for kind in kinds if kind != "bitfit" for p in _parameters(model, kind)}
     bases = {p for module in model.modules() if isinstance(module, _BESIDE_A_BASE) for p in module.base.parameters()}
     fused = [module.adapters for module in model.modules() if isinstance(module, AdapterFusion)]
     bases |= {p for adapters in fused for p in adapters.parameters()}
+    wanted -= bases
+    if "bitfit" in kinds:
+        added = biases(model)
+        if not added:
+            raise ValueError(f"model must have biases for the kind 'bitfit', got none in {type(model).__name__}")
+        wanted |= added
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter in wanted - bases)
+        parameter.requires_grad_(parameter in wanted)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -276,6 +276,10 @@ class HyperAdapter(nn.Module):
                 raise IndexError(f"{name} must lie in [0, {end - 1}], got {value}")
         return HyperSite(self, layer, position)
 
+    def options(self) -> dict:
+        """The constructor's arguments that decide what is computed and don't show in the shapes of the parameters."""
+        return {"activation": self.activation, "norm": self.norm, "norm_eps": self.norm_eps}
+
     def extra_repr(self) -> str:
         sizes = f"layers={self.layers}, positions={self.positions}, d={self.d}, r={self.r}"
         return f"tasks={self.names}, {sizes}, activation={self.activation!r}, norm={self.norm!r}"

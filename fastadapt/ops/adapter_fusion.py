@@ -34,10 +34,17 @@ def _bwd_fake(grad_y, weights, query, keys, values, scale, scale_value, output_m
     return tuple(t.new_empty(t.shape) if wanted else query.new_empty(0) for t, wanted in inputs)
 
 
+_MAX_CUDA = 3000  # adapters whose numbers fit into the shared memory of any GPU
+
+
 def _unsupported(backend, args):
-    query = args[0]
-    if query.dtype == torch.float64 and not (backend == "native" and query.is_cpu):
+    query, keys = args[:2]
+    if backend == "native" and query.is_cpu:
+        return None
+    if query.dtype == torch.float64:
         return "does not support float64"
+    if backend == "native" and isinstance(keys, Tensor) and keys.dim() and len(keys) > _MAX_CUDA:
+        return f"supports up to {_MAX_CUDA} adapters, got {len(keys)}"
     return None
 
 

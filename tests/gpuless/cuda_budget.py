@@ -2,15 +2,13 @@
 
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
-from torch.utils.cpp_extension import include_paths
+from . import nvcc
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90, 100, 120)
-FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xcompiler", "-fPIC")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<architecture>\d+)a?'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -19,20 +17,10 @@ KERNEL = re.compile(
 )
 
 
-def compiler() -> str:
-    return "nvcc " + re.search(r"V([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)[1]
-
-
 def compiled(source: Path, architectures) -> dict:
     """kernel -> architecture -> {column: value} for every kernel of ``source``; an architecture that lacks one raises."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    includes = [f"-isystem={path}" for path in include_paths()]
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, *targets, *includes, "-Xptxas", "-v", "-c", source, "-o", f"{folder}/object.o"]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    found = list(KERNEL.finditer(done.stderr))
+    report = "".join(nvcc.ptxas(nvcc.ptx(source, architecture), architecture) for architecture in architectures)
+    found = list(KERNEL.finditer(report))
     names = subprocess.run(["c++filt", *(m["name"] for m in found)], capture_output=True, text=True, check=True).stdout
     measured = {}
     for name, m in zip(names.splitlines(), found, strict=True):
@@ -41,8 +29,8 @@ def compiled(source: Path, architectures) -> dict:
             "registers": int(m["registers"]), "shared": int(shared[1]) if shared else 0, "stack": int(m["stack"]),
             "spills": int(m["stores"]) + int(m["loads"]),
         }  # fmt: skip
-    if len(found) != done.stderr.count("Compiling entry function") or not measured:
-        raise RuntimeError(f"ptxas reports in another form: {done.stderr}")
+    if len(found) != report.count("Compiling entry function") or not measured:
+        raise RuntimeError(f"ptxas reports in another form: {report}")
     for name, rows in measured.items():
         if set(rows) != set(architectures):
             raise RuntimeError(f"{name} is compiled for {set(rows)}, not for {set(architectures)}")

@@ -27,7 +27,7 @@ EVERYTHING = native("everything-float32 and test_matches_reference", ACCURACY)
 LARGE_MEAN = native("norm-of-large-mean-float32 and test_matches_reference", ACCURACY)
 FROZEN = native("everything-float32 and test_only_what_is_wanted_is_returned", ACCURACY)
 THREADS = Rung("tests/test_bottleneck.py", "test_bits_do_not_depend_on_the_number_of_threads", plugins=BUILT)
-FAR = Rung("tests/test_far_rows.py", "test_native", plugins=BUILT)
+FAR = Rung("tests/test_far_rows.py", "test_native and bottleneck", plugins=BUILT)
 STRIDES = native("everything-float32 and test_any_strides and every-second", ACCURACY)
 SANITIZED = "tests/test_cpu_sanitized.py"
 ADDRESSES = Rung(

@@ -7,7 +7,7 @@ TILES, ROWS, FWD = HEADERS + "tiles.cuh", HEADERS + "rows.cuh", HEADERS + "bottl
 BWD, GRADIENTS = HEADERS + "bottleneck_backward.cuh", HEADERS + "bottleneck_gradients.cuh"
 COMMON_PLAN = HEADERS + "plan.cuh"
 PLAN, PLAN_BWD = HEADERS + "bottleneck_plan.cuh", HEADERS + "bottleneck_plan_backward.cuh"
-CALL, BANK, PLANES = HEADERS + "call.h", HEADERS + "bank.cuh", HEADERS + "planes.cuh"
+CALL, BANK, SUMS = HEADERS + "call.h", HEADERS + "bank.cuh", HEADERS + "sums.cuh"
 CU, HARDWARE = HEADERS + "bottleneck.cu", HEADERS + "hardware.cuh"
 # What costs here is the compiler: one dtype is enough.
 ONLY_BFLOAT16 = tuple((CALL, f"plan({other}{{}}, device)", "plan(bf16{}, device)") for other in ("float", "f16"))
@@ -37,14 +37,14 @@ LARGEST_RANK = Rung(
 EMPTY = emulated("empty-bfloat16 and test_matches_reference")
 MIXED = emulated("float32-parameters-bfloat16 and test_matches_reference")
 LEFT_ALONE = emulated("m33-d65-r17-bfloat16 and test_inputs_are_left_alone", NUMERICS)
-FAR = Rung("tests/test_far_rows.py", "test_emulated_cuda and not last_blocks", plugins=KEPT, edits=ONLY_BFLOAT16)
+FAR = Rung("tests/test_far_rows.py", "test_emulated_cuda and bottleneck and not last_blocks", plugins=KEPT, edits=ONLY_BFLOAT16)
 RACES = emulated("bank-with-everything-bfloat16-thread and test_sanitizer_reports_nothing")
 MANY = Rung("tests/test_far_rows.py", "last_blocks and bottleneck-rows", plugins=KEPT, edits=ONLY_BFLOAT16)
 HOST = Rung("tests/test_cuda_host.py", "bottleneck and test_launches", plugins=KEPT)
 PTX = Rung(
     "tests/test_ptx.py", "test_cuda_matches_reference and bottleneck-small-bfloat16-1-sm_80", plugins=KEPT, edits=ONLY_BFLOAT16
 )
-COMPILED = Rung("tests/test_cuda_compile.py", "test_compiles_and_fits and not elsewhere")
+COMPILED = Rung("tests/test_cuda_compile.py", "test_compiles_and_fits and bottleneck and not elsewhere")
 OUTPUT = "integers: y differs"
 GRAD = "grad of {}: (l2|max) error"
 ANY = "(l2|max) error|not finite|assert"
@@ -221,7 +221,7 @@ MUTANTS = (
     Mutant(
         "sums of grad_y in 16 bits", "sum in 16 bits", {ALONE_FLOAT32: GRAD.format("up_bias")},
         [(
-            PLANES,
+            SUMS,
             "    sum.x += (part[0].x + part[1].x) + (part[2].x + part[3].x);\n",
             "    sum.x = to_float(from_float<bf16>(sum.x + (part[0].x + part[1].x) + (part[2].x + part[3].x)));\n",
         )],

@@ -32,7 +32,7 @@ LAUNCHER = Rung("tests/test_launchers.py", "bottleneck")
 COMPILED, COMPILED_RANK_256 = (
     Rung("tests/test_triton_compile.py", f"test_compiles_and_fits and bottleneck-{chip}") for chip in (89, 86)
 )
-PTX = Rung("tests/test_ptx.py", "test_triton_matches_reference and m33-d65-r17-bfloat16-sm_80")
+PTX = Rung("tests/test_ptx.py", "test_triton_matches_reference and bottleneck-m33-d65-r17-bfloat16-sm_80")
 
 OUTPUT = "integers: y differs"
 BOUNDS = "BoundsError: load"

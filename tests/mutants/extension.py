@@ -54,13 +54,16 @@ def _object(source: Path, objects: Path) -> Path:
     return kept(objects / f"{source.stem}-{digest}.o", compile)
 
 
-def build(tree: Path, objects: Path) -> None:
-    """Build ``fastadapt._C`` in ``tree``."""
+def build(tree: Path, objects: Path, needs: str) -> None:
+    """Build ``fastadapt._C`` in ``tree``, with the ops that ``needs`` names, or with all if it names none."""
     from torch.utils.cpp_extension import library_paths
 
+    ops = [path.stem for path in (tree / "tests/specs").glob("[!_]*.py")]
+    unneeded = tuple(op for op in ops if op not in needs and any(other in needs for other in ops))
     others = tuple(f"_{name}" for name in INSTRUCTION_SETS if name != target())
-    sources = [*(tree / "csrc").glob("*.cpp"), *(tree / "csrc/cpu").glob("*.cpp")]
-    linked = [_object(source, objects) for source in sorted(sources) if not source.stem.endswith(others)]
+    sources = sorted([*(tree / "csrc").glob("*.cpp"), *(tree / "csrc/cpu").glob("*.cpp")])
+    sources = [source for source in sources if not source.stem.startswith(unneeded)]
+    linked = [_object(source, objects) for source in sources if not source.stem.endswith(others)]
     libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
     module = tree / "fastadapt/_C.abi3.so"
     command = ["g++", "-shared", "-Wl,-z,lazy", *linked, *libraries, "-lc10", "-ltorch_cpu", "-ltorch", "-o", module]

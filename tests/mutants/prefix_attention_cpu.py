@@ -5,12 +5,19 @@ from . import Mutant, Rung
 CPU = "csrc/cpu/prefix_attention"
 FORWARD, TILES = CPU + "_forward.h", CPU + "_tiles.h"
 BACKWARD, BACKWARD_TILES = CPU + "_backward.h", CPU + "_backward_tiles.h"
+AMX_FORWARD, AMX_BACKWARD, AMX_TILES = (f"{CPU}_amx_{part}.h" for part in ("forward", "backward", "tiles"))
 
 
 def native(case, test="test_ops.py", select="test_matches_reference"):
     return Rung(
         f"tests/{test}", f"prefix_attention-native-{case}-float32 and {select}", plugins=("tests.mutants.extension_plugin",)
     )
+
+
+def amx(case, test="test_stays_in_bounds"):
+    """On a processor with AMX."""
+    selected = f"prefix_attention-{case}-amx" + ("-bfloat16" if test == "test_stays_in_bounds" else "")
+    return Rung("tests/test_cpu_sanitized.py", f"{selected} and {test}", plugins=("tests.mutants.objects_plugin",))
 
 
 SANITIZED = Rung(
@@ -29,7 +36,7 @@ MUTANTS = (
     ),
     Mutant(
         "forward: sums of weights aren't scaled when the largest score grows", "missing term", {native("steep"): OUTPUT},
-        [(FORWARD, "total *= shrink;", "")],
+        [(FORWARD, "store(s.total + row * L, load<C>(s.total + row * L) * shrink);", "")],
     ),
     Mutant(
         "forward: the keys behind a tile's last count as keys", "mask off by one", {native("small"): OUTPUT},
@@ -50,11 +57,11 @@ MUTANTS = (
     Mutant(
         "forward: the log of a row's weights without its largest score", "missing term",
         {native("odd"): GRAD.format("q")},
-        [(FORWARD, "(t.top[row] + __builtin_log2(total))", "(__builtin_log2(total))")],
+        [(FORWARD, "(s.top[row] + __builtin_log2(total))", "(__builtin_log2(total))")],
     ),
     Mutant(
         "forward: sums begin with what was there", "uninitialised memory", {SANITIZED: "output: not finite"},
-        [(FORWARD, "memset(t.y, 0, rows * padded<C>(p.e) * sizeof(C));", "")],
+        [(FORWARD, "memset(s.y, 0, rows * s.ld * sizeof(C));", "")],
     ),
     Mutant(
         "forward: a tile of values has a row more", "load out of bounds",
@@ -82,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         "backward: sums of keys begin with those of the tile before", "uninitialised memory", {native("long"): ANY_GRAD},
-        [(BACKWARD, "for (C* grad : {w.grad_k, w.grad_v}) memset(grad, 0, tile_keys * width(p) * sizeof(C));", "")],
+        [(BACKWARD, "for (C* grad : {w.grad_k, w.grad_v}) memset(grad, 0, rows * width(p) * sizeof(C));", "")],
     ),
     Mutant(
         "backward: dropped weights have gradients", "missing term", {native("dropout"): GRAD.format("q")},
@@ -104,5 +111,39 @@ MUTANTS = (
     Mutant(
         "backward: weights of a sum that is NaN are 0", "NaN swallowed", {SPREADS: "spreads otherwise"},
         [(BACKWARD_TILES, "const C nothing = lse == lse ? 0 : lse;", "const C nothing = 0;")],
+    ),
+    Mutant(
+        "AMX forward: own keys lie over those of the prefix", "missing term", {amx("small"): OUTPUT},
+        [(AMX_FORWARD, "t.rows + tile.prefix * ld, n - tile.prefix, ld);", "t.rows, n - tile.prefix, ld);")],
+    ),
+    Mutant(
+        "AMX forward: the columns behind the last key count as keys", "mask off by one", {amx("small"): OUTPUT},
+        [(AMX_FORWARD, "if (end < n) hide(end, n, scores);", "")],
+    ),
+    Mutant(
+        "AMX forward: a causal mask without the prefix", "mask off by one", {amx("odd"): OUTPUT},
+        [(AMX_FORWARD, "t.ends[r] = all.prefix + (own ?", "t.ends[r] = most(all.prefix, own ?")],
+    ),
+    Mutant(
+        "AMX forward: a whole tile of the prefix is never packed", "uninitialised memory",
+        {amx("wide-heads", "test_large_calls_stay_in_bounds"): "output: not finite|" + OUTPUT},
+        [(AMX_FORWARD, "if (!stays || !here) pack(", "if (!stays) pack(")],
+    ),
+    Mutant(
+        "AMX forward: dropout of own keys is that of the tile's first column", "mask off by one",
+        {amx("dropped", "test_large_calls_stay_in_bounds"): OUTPUT},
+        [(AMX_FORWARD, "return t.factors + shift;", "return t.factors;")],
+    ),
+    Mutant(
+        "AMX forward: a mask hides the keys of the prefix", "mask off by one", {amx("left-padding"): OUTPUT},
+        [(AMX_FORWARD, "end - tile.prefix, scores + tile.prefix);", "end - tile.prefix, scores);")],
+    ),
+    Mutant(
+        "AMX backward: queries see the key after their last", "mask off by one", {amx("odd"): ANY_GRAD},
+        [(AMX_BACKWARD, "k < tile.n ? k - s.limit : tile_queries", "k < tile.n ? k - s.limit - 1 : tile_queries")],
+    ),
+    Mutant(
+        "AMX: rows of a right operand in each other's place", "missing term", {amx("small"): OUTPUT},
+        [(AMX_TILES, "l % block * 16;", "(l ^ 2) % block * 16;")],
     ),
 )

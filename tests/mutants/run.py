@@ -5,6 +5,7 @@ that no longer compiles proves nothing.
 """
 
 import argparse
+import json
 import os
 import re
 import resource
@@ -22,16 +23,34 @@ from pathlib import Path
 from . import ROOT, Mutant, Rung, extension, plant, table
 
 FOLDERS, FILES = ("csrc", "fastadapt", "kernels", "tests"), ("pyproject.toml", "setup.py")
-SECONDS = 300  # of one core, for a rung; an error may never end
-
-
-def _limit():
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
 
 
 def _environment(**more: str) -> dict:
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH", "PYTEST_ADDOPTS")}
     return kept | more
+
+
+class Nursery:
+    """nursery.py, which runs pytest in forks of itself, one at a time."""
+
+    def __init__(self, interpret: bool):
+        # Triton decides at import whether it interprets. Many runs of an edited module would write the same bytecode.
+        env = _environment(PYTHONDONTWRITEBYTECODE="1", TRITON_INTERPRET=str(int(interpret)))
+        command = [sys.executable, Path(__file__).with_name("nursery.py")]
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, tree: Path, arguments: list, environment: dict) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of pytest in ``tree``."""
+        stdout, stderr = tree.with_name("stdout"), tree.with_name("stderr")
+        request = [str(tree), arguments, environment, str(stdout), str(stderr)]
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        return code, stdout.read_text(errors="replace"), stderr.read_text(errors="replace")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Workshop:
@@ -45,6 +64,7 @@ class Workshop:
         self.objects = self.folder / "objects"
         self.objects.mkdir()
         self._green, self._locks, self._together = {}, {}, {}
+        self._idle = {True: [], False: []}  # nurseries by whether they interpret
         for rung in dict.fromkeys(rung for mutant in mutants for rung in mutant.seen):
             self._together.setdefault(replace(rung, select=""), []).append(f"({rung.select})")
         self.tree = self.folder / "clean"
@@ -57,7 +77,8 @@ class Workshop:
             (self.tree / "fastadapt/kernels").symlink_to("../kernels")  # where an installed package has them
         # Much of what a run costs is Python's and pytest's compilation of all modules: the copies of this tree bring it along.
         # A module that is edited then is newer than what was made of it.
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-pno:cacheprovider", "tests"]
+        tests = {file for together in self._together for file in together.tests.split()}
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-pno:cacheprovider", *sorted(tests)]
         subprocess.run(command, cwd=self.tree, env=_environment(), capture_output=True)
 
     def run(self, rung: Rung, edits: tuple = ()) -> tuple[bool, str]:
@@ -68,26 +89,31 @@ class Workshop:
             return self._run(rung, tree)
 
     def _run(self, rung: Rung, tree: Path) -> tuple[bool, str]:
-        env = _environment(PYTHONDONTWRITEBYTECODE="1", TRITON_INTERPRET="1" if rung.interpret else "0")
-        env["FASTADAPT_MUTANTS_OBJECTS"] = str(self.objects)
-        plugins = ["no:cacheprovider", "no:hypothesispytest", *rung.plugins]  # hypothesis takes a second to import
+        plugins = ["no:cacheprovider", *rung.plugins]
         if "tests.mutants.extension_plugin" in plugins:
             try:
-                extension.build(tree, self.objects)
+                extension.build(tree, self.objects, f"{rung.tests} {rung.select}")
             except subprocess.CalledProcessError as error:
                 return False, f"the extension can't be built: {error}"
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "pytest", "-x", "-o", "addopts=", *(f"-p{plugin}" for plugin in plugins), "--tb=short",
-                *rung.tests.split(), "-k", rung.select,
-            ],
-            cwd=tree, env=env, capture_output=True, text=True, preexec_fn=_limit,
-        )  # fmt: skip
-        summary = done.stdout.strip().rpartition("\n")[2]
-        green = done.returncode == 0 and " passed" in summary and "skipped" not in summary
-        lines = [line for line in done.stdout.splitlines() if re.match(r"E  |INTERNALERROR|ERROR", line)]
-        lines += [line for line in done.stderr.splitlines() if re.match(r"Fatal|E  |.*Error", line)]
-        return green, "\n".join([*lines, summary or done.stderr[-500:]])
+        options = ["-x", "-o", "addopts=", *(f"-p{plugin}" for plugin in plugins), "--tb=short"]
+        idle = self._idle[rung.interpret]
+        try:
+            nursery = idle.pop()
+        except IndexError:
+            nursery = Nursery(rung.interpret)
+        code, stdout, stderr = nursery.run(
+            tree, [*options, *rung.tests.split(), "-k", rung.select], {"FASTADAPT_MUTANTS_OBJECTS": str(self.objects)}
+        )
+        idle.append(nursery)
+        summary = stdout.strip().rpartition("\n")[2]
+        green = code == 0 and " passed" in summary and "skipped" not in summary
+        lines = [line for line in stdout.splitlines() if re.match(r"E  |INTERNALERROR|ERROR", line)]
+        lines += [line for line in stderr.splitlines() if re.match(r"Fatal|E  |.*Error", line)]
+        return green, "\n".join([*lines, summary or stderr[-500:]])
+
+    def close(self):
+        for nursery in (*self._idle[True], *self._idle[False]):
+            nursery.close()
 
     def green(self, rung: Rung) -> str | None:
         """None if the rung passes on the sources as they are, else what it says."""
@@ -143,6 +169,7 @@ def main():
             if reason:
                 survivors.append(name)
                 print(reason)
+        workshop.close()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} errors seen in {used.ru_utime + used.ru_stime:.0f} s of processors")
     print("".join(f"  not seen: {name}\n" for name in survivors), end="")

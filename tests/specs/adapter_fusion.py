@@ -38,10 +38,10 @@ CASES = (
     case("small", shape=(5, 36), g=3, scale=0.5),
     case("one", shape=(1, 1), g=1),
     case("empty", shape=(0, 8), g=2),
-    case("vector", shape=(40,), g=3),
+    case("vector", shape=(42,), g=3),
     case("one-adapter", shape=(19, 40), g=1, shared=True),
     case("two", shape=(19, 64), g=2, shared=True),
-    case("m33-d65-r17", shape=(33, 65), g=17),
+    case("m33-d65-r17", shape=(33, 65), g=7),
     case("many-adapters", shape=(9, 40), g=67, scale=0.25),
     case("many-shared-adapters", shape=(9, 136), g=40, shared=True),
     case("many-rows", shape=(300, 40), g=3, shared=True),
@@ -165,9 +165,10 @@ SPEC = OpSpec(
     bad=BAD,
     numerics=NUMERICS,
     compiled=(
+        compiled(FP16, (512, 4096), 3),  # first, since it can be walked in pieces too
         compiled(BF16, (4096, 768), 8, quick=(90,), shared=True),
         compiled(FP32, (4096, 1024), 4, quick=(80,), **EVERYTHING),
-        compiled(FP16, (512, 4096), 3),
+        compiled(FP32, (512, 8192), 2, **EVERYTHING),
         compiled(FP16, (17, 65), 5, aligned=False),
     ),
     large=lambda elements: case("large", shape=(elements // 1024 + 2048, 1024), g=2, **EVERYTHING),
@@ -176,8 +177,9 @@ SPEC = OpSpec(
         case("narrow", shape=(37, 140), g=5, **EVERYTHING),
         case("wide", shape=(9, 1100), g=3, shared=True),
     ),
-    planted=(
-        case("looped", shape=(70, 200), g=9, **EVERYTHING),
-        case("looped-shared", shape=(70, 600), g=9, shared=True, scale="0-d"),
+    planted=(  # rows of a multiple of 16 columns, which asynchronous copies fetch
+        case("looped", shape=(70, 208), g=9, **EVERYTHING),
+        case("looped-shared", shape=(70, 608), g=9, shared=True, scale="0-d"),
+        case("looped-wide", shape=(3, 2064), g=9, **EVERYTHING),
     ),
 )  # fmt: skip

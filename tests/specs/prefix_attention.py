@@ -332,7 +332,7 @@ NUMERICS = Numerics(
         case("rows", b=2, h=2, t=130, e=40, p=20, **{k: v for k, v in EVERYTHING.items() if k not in ("h", "h_kv")}),
         case("decoded", b=3, h=4, h_kv=2, t=1, t_k=300, e=64, p=20, causal=True, gain=4.0),
         case("wide-heads", b=1, h=2, t=50, e=256, p=270, causal=True, gate="drawn"),
-        case("dropped", b=2, h=2, t=70, e=24, p=20, causal=True, dropout=0.2, lengths=[70, 33]),
+        case("dropped", b=2, h=2, t=70, t_k=250, e=24, p=20, causal=True, dropout=0.2, lengths=[250, 133]),
     ),
     fuzz=fuzz,
     ordered=ordered,

@@ -6,7 +6,7 @@ Takes about a quarter of an hour of one core for an op.
 import sys
 
 from ...specs import SPECS
-from .. import cuda_budget, offline_gate
+from .. import cuda_budget, nvcc, offline_gate
 from ..offline import CHIPS
 from . import write
 
@@ -21,7 +21,7 @@ def main(ops):
         write(f"{op}.triton", offline_gate.COMPILER, measured)
     for source in (s for s in cuda_budget.SOURCES if s.stem in ops):
         print(f"{source.name}: nvcc", flush=True)
-        write(f"{source.stem}.cuda", cuda_budget.compiler(), cuda_budget.compiled(source, cuda_budget.ARCHITECTURES))
+        write(f"{source.stem}.cuda", nvcc.version(), cuda_budget.compiled(source, cuda_budget.ARCHITECTURES))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-from torch.utils.cpp_extension import include_paths
 
+from .. import nvcc
 from ..emulated import CUDA, FLAGS
-from ..stable import ABI, Builder, Module
+from ..stable import Builder, Module
 from .machine import Launch
 from .memory import Memory
 from .parser import entries
@@ -27,10 +27,8 @@ OWNS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 
 
 @functools.cache
-def compile_ptx(source: Path, arch: int) -> str:
-    includes = [f"-isystem={path}" for path in include_paths()]
-    command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", ABI, *includes, f"-arch=sm_{arch}", "-ptx", source, "-o", "-"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def builder() -> Builder:
+    return Builder("-I", HOST, "-O0", "-Wl,--wrap=free,--wrap=posix_memalign")
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -45,8 +43,7 @@ class CudaDevice:
     """
 
     def __init__(self, op: str, sources: Path = CUDA):
-        self.builder = Builder("-I", HOST, "-O0", "-Wl,--wrap=free,--wrap=posix_memalign")  # keeps the library
-        library = self.builder.module(self.builder.compile(sources / f"{op}.cu", *FLAGS))
+        library = builder().module(builder().compile(sources / f"{op}.cu", *FLAGS))
         self.source, self.module, self.ptx = sources / f"{op}.cu", Module(library), {}
         symbols = subprocess.run(["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True).stdout
         for ours, theirs in NAMES.items():
@@ -64,7 +61,7 @@ class CudaDevice:
     def entry(self, name: str) -> tuple[str, str]:
         """PTX and the name in it of the kernel that the host calls ``name``."""
         if self.arch not in self.ptx:
-            ptx = compile_ptx(self.source, self.arch)
+            ptx = nvcc.ptx(self.source, self.arch)
             mangled = entries(ptx)
             self.ptx[self.arch] = ptx, dict(zip(demangled(mangled), mangled))
         ptx, names = self.ptx[self.arch]

@@ -1,0 +1,196 @@
+"""Methods put into models of Hugging Face by name, beside the same models changed by hand; prompts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastadapt.nn import LoRALinear, ParallelAdapter, PromptEncoder, attach, drop_adapters, freeze_except
+from fastadapt.nn.structure import layers
+
+from .prefix_models import MODELS, OFF, SIZES, P, T, batch, hf, outcome
+from .test_nn import DEVICE
+
+SMALL = {"num_hidden_layers": 1}
+
+
+def tiny(name):
+    return MODELS[name](**SMALL)[0].to(DEVICE)
+
+
+def t5():
+    sizes = {"vocab_size": 40, "d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0)).to(DEVICE)
+
+
+def mixtral():
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES | SMALL, num_key_value_heads=2, num_local_experts=2)).to(DEVICE)
+
+
+def distilbert():
+    sizes = {"vocab_size": 40, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0}
+    return hf.DistilBertModel(hf.DistilBertConfig(**sizes, attention_dropout=0.0)).to(DEVICE)
+
+
+# The projections of queries and values and the output of each attention, the first and the last module of the feed-forward
+# block, in the first layer.
+PARTS = {
+    "bert": ("bert.encoder.layer.0", [("attention.self.query", "attention.self.value", "attention.output.dense")],
+             ("intermediate.dense", "output.dense")),
+    "gpt2": ("transformer.h.0", [("attn.c_attn", "attn.c_proj")], ("mlp.c_fc", "mlp.c_proj")),
+    "llama": ("model.layers.0", [("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")],
+              ("mlp.gate_proj", "mlp.down_proj")),
+    "t5": ("decoder.block.0.layer", [("0.SelfAttention.q", "0.SelfAttention.v", "0.SelfAttention.o"),
+           ("1.EncDecAttention.q", "1.EncDecAttention.v", "1.EncDecAttention.o")],
+           ("2.DenseReluDense.wi", "2.DenseReluDense.wo")),
+    "mixtral": ("model.layers.0", [("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")], ("block_sparse_moe",) * 2),
+    "distilbert": ("transformer.layer.0", [("attention.q_lin", "attention.v_lin", "attention.out_lin")],
+                   ("ffn.lin1", "ffn.lin2")),
+}  # fmt: skip
+MAKERS = {"t5": t5, "mixtral": mixtral, "distilbert": distilbert}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_layers_are_found(name):
+    model = MAKERS.get(name, lambda: tiny(name))()
+    expected, attentions, block = PARTS[name]
+    found = layers(model)
+    layer = found[-1]
+    assert len(found) == (2 if name == "t5" else 1) and layer.name == expected
+    assert [(*a.projections, a.output) for a in layer.attentions] == [
+        tuple(f"{expected}.{part}" for part in parts) for parts in attentions
+    ]
+    assert tuple(layer.feed_forward) == tuple(f"{expected}.{part}" for part in block)
+
+
+def after_both(model, adapters):
+    layer = model.bert.encoder.layer[0]
+    layer.attention.output.dense = nn.Sequential(layer.attention.output.dense, adapters[0])
+    layer.output.dense = nn.Sequential(layer.output.dense, adapters[1])
+
+
+def beside_of_bert(model, adapters):
+    layer = model.bert.encoder.layer[0]
+    layer.intermediate = ParallelAdapter(nn.Sequential(layer.intermediate, layer.output.dense), adapters[0])
+    layer.output.dense = nn.Identity()
+
+
+def beside_of_gpt2(model, adapters):
+    model.transformer.h[0].mlp = ParallelAdapter(model.transformer.h[0].mlp, adapters[0])
+
+
+def around_of_llama(model, adapters):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj, attention.v_proj = adapters
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "by_hand"),
+    [
+        ("bert", "houlsby", after_both), ("bert", "parallel", beside_of_bert), ("gpt2", "parallel", beside_of_gpt2),
+        ("llama", "lora", around_of_llama),
+    ],
+)  # fmt: skip
+def test_equals_modules_placed_by_hand(name, method, by_hand):
+    model = tiny(name)
+    other = copy.deepcopy(model)
+    modules = [model.get_submodule(n) for n in attach(model, method, r=4)]
+    for module in modules:
+        nn.init.normal_(module.lora_B.weight if isinstance(module, LoRALinear) else module.up.weight)
+    by_hand(other, copy.deepcopy(modules))
+    kind = "lora" if method == "lora" else "bottleneck"
+    freeze_except(model, kind), freeze_except(other, kind)
+    inputs = batch(model, side="right")
+    expected, actual = outcome(other, inputs), outcome(model, inputs)
+    assert torch.equal(actual.pop("logits"), expected.pop("logits"))
+    assert len(actual) == len(expected) >= 2
+    for value, wanted in zip(actual.values(), expected.values()):
+        assert torch.equal(value, wanted) and value.any()
+
+
+def test_mam_trains_prefix_and_parallel_and_drops():
+    model = MODELS["llama"]()[0].to(DEVICE)
+    bare = copy.deepcopy(model)
+    names = attach(model, "mam", p=P, hidden=8, gate="per_head", r=4)
+    assert names == ["prefix_encoder", *(f"model.layers.{i}.mlp.down_proj.attached" for i in range(2))]
+    assert model.prefix_encoder.p == P and model.get_submodule(names[1]).r == 4
+    trained = freeze_except(model, ("prefix", "bottleneck"))
+    inputs = batch(model)
+    grads = outcome(model, inputs)
+    assert set(grads) - {"logits"} == set(trained)
+    torch.testing.assert_close(grads["logits"], bare(**inputs).logits)  # gates and up projections start at zero
+    with torch.no_grad():
+        nn.init.normal_(model.get_submodule(names[2]).up.weight)
+        model.prefix_encoder.gate[1] = 0.5
+    expected, twin = bare(**inputs).logits, copy.deepcopy(model)
+    with drop_adapters(model, [1]):
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        with drop_adapters(twin, [0]):
+            assert not torch.allclose(twin(**inputs).logits, expected, atol=1e-3)
+    assert torch.equal(model(**inputs).logits, twin(**inputs).logits)
+    assert not any("fastadapt_dropped" in vars(module) or "_drops" in vars(module) for module in model.modules())
+    with pytest.raises(ValueError, match="model must have no prefix yet"):
+        attach(model, "prefix", p=P)
+    other = distilbert()
+    keys = list(other.state_dict())
+    with pytest.raises(ValueError, match="layers must be attention layers"):
+        attach(other, "mam", p=P, r=4)
+    assert list(other.state_dict()) == keys and not any(m._forward_hooks for m in other.modules())
+
+
+def with_prompt(model, inputs):
+    """The same call, written out."""
+    ids, count = inputs["input_ids"], len(inputs["input_ids"])
+    embeds = model.get_input_embeddings()(ids)
+    call = {"inputs_embeds": torch.cat([model.prompt.prompt().expand(count, -1, -1), embeds], 1)}
+    if "attention_mask" in inputs:
+        call["attention_mask"] = torch.cat([torch.ones(count, P, dtype=torch.long, device=DEVICE), inputs["attention_mask"]], 1)
+    labels = inputs["labels"]
+    call["labels"] = labels if labels.dim() == 1 else torch.cat([labels.new_full((count, P), -100), labels], 1)
+    return call
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_prompt(name):
+    model = tiny(name)
+    assert attach(model, "prompt", p=P) == ["prompt"]
+    vocabulary = model.get_input_embeddings().weight
+    assert all((vocabulary == row).all(1).any() for row in model.prompt.weight)  # starts as tokens
+    plain = copy.deepcopy(model)
+    plain._forward_pre_hooks.clear()
+    inputs = batch(model, side="right")
+    assert list(freeze_except(model, "prompt")) == ["prompt.weight"] and len(freeze_except(plain, "prompt")) == 1
+    result, expected = model(**inputs), plain(**with_prompt(plain, inputs))
+    assert torch.equal(result.logits, expected.logits) and torch.equal(result.loss, expected.loss)
+    result.loss.backward(), expected.loss.backward()
+    assert torch.equal(model.prompt.weight.grad, plain.prompt.weight.grad) and model.prompt.weight.grad.any()
+    types = {"token_type_ids": inputs["input_ids"] % 2}
+    assert model(inputs["input_ids"], **types).logits.shape[-1] == result.logits.shape[-1]  # by position too
+    with pytest.raises(ValueError, match="model must have no prompt yet"):
+        attach(model, "prompt", p=P)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_prompt_in_generation(name):
+    """With a cache the prompt is read once, and each sequence goes on as without padding and cache."""
+    model = tiny(name).eval()
+    attach(model, "prompt", prompt=PromptEncoder(P, 32, hidden=8).to(DEVICE))
+    inputs = batch(model, side="left", count=2)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    made = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
+    assert made.shape == (2, T + 4)
+    for row, mask in zip(made, inputs["attention_mask"]):
+        tokens = row[:T][mask.bool()]
+        with torch.no_grad():
+            for _ in range(4):
+                tokens = torch.cat([tokens, model(tokens[None]).logits[0, -1:].argmax(-1)])
+        assert torch.equal(tokens[-4:], row[T:])
+
+
+def test_prompts_that_models_refuse():
+    for model in (t5(), hf.ViTModel(hf.ViTConfig(hidden_size=32, intermediate_size=48, **OFF, **SMALL, num_attention_heads=4))):
+        with pytest.raises(ValueError, match="model must take inputs_embeds and be no encoder with a decoder"):
+            attach(model, "prompt")
+    with pytest.raises(TypeError, match="prompt must be a PromptEmbedding or a PromptEncoder, got Linear"):
+        attach(tiny("gpt2"), "prompt", prompt=nn.Linear(2, 2))
