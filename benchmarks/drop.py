@@ -13,7 +13,7 @@ from .tasks import encoder
 from .timing import WallTimer, interleave
 
 B, T = 8, 64
-METHODS = {"houlsby": {"r": 96}, "pfeiffer": {"r": 96}, "parallel": {"r": 96}, "lora": {"r": 32}}
+METHODS = {"houlsby": {"r": 96}, "pfeiffer": {"r": 192}, "parallel": {"r": 192}, "lora": {"r": 64}}
 
 
 def saved(method: str, seconds: float) -> list[str]:

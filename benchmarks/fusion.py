@@ -14,6 +14,7 @@ from .report import print_rows
 from .timing import WallTimer, interleave
 
 B, T = 32, 64
+WIDTHS, ADAPTERS = (384, 768), (2, 4, 8)
 
 
 class OfAdapters(nn.Module):
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     print(f"AdapterFusion of a layer, forward+backward, {B} sequences of {T} tokens, float32, {args.threads} threads")
     table, least = [["d", "adapters", "fastadapt ms", "adapters ms", "ratio", "over two adapters"]], {}
-    for d, g in itertools.product((384, 768), (2, 4, 8)):
+    for d, g in itertools.product(WIDTHS, ADAPTERS):
         fast, cells = row(d, g, args.seconds)
         table.append([*cells, f"{fast / least.setdefault(d, fast):.2f} x"])
     print_rows(table)

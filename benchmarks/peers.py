@@ -286,12 +286,30 @@ def attention_without_prefix(arguments: dict) -> tuple | None:
     return lambda: F.scaled_dot_product_attention(q, k, v, **options), {"q": q, "k": k, "v": v}
 
 
+def fusion_of_adapters(arguments: dict) -> tuple | None:
+    """What ``BertFusion`` of the library ``adapters`` computes between its projections and its residual, with the adapters side
+    by side for each token as it stacks them."""
+    a = arguments
+    if a["values"] is not a["keys"] or not isinstance(a["scale"], float):
+        return None
+    keys = a["keys"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(a["keys"].requires_grad)
+
+    def call():
+        stacked = keys.transpose(0, 1)
+        scores = torch.squeeze(torch.matmul(a["query"].unsqueeze(-2), stacked.transpose(-2, -1)), dim=-2)
+        weights = F.softmax(scores * a["scale"], dim=-1)
+        return torch.squeeze(torch.matmul(weights.unsqueeze(-2), stacked), dim=-2)
+
+    return call, {"query": a["query"], "keys": keys}
+
+
 # How users write an op in plain PyTorch, for the benchmark's arguments; an op that isn't here uses its reference.
 BY_HAND: dict[str, Callable] = {
     "bottleneck": bottleneck_by_hand, "lora_linear": lora_by_hand, "compacter": compacter_by_hand, "kron_linear": kron_by_hand,
     "prefix_attention": attention_by_hand,
 }  # fmt: skip
 PEERS: dict[str, dict[str, Peer]] = {
+    "adapter_fusion": {"adapters": fusion_of_adapters},
     "bottleneck": {"adapters": bottleneck_of_adapters},
     "lora_linear": {"peft": layer_of_peft, "peft adapter_names": bank_of_peft, "loop over adapters": loop_over_adapters},
     "compacter": {"adapters": compacter_of_adapters},

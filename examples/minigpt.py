@@ -75,13 +75,13 @@ class Trunk(nn.Module):
 class MiniGPT(nn.Module):
     """``(b, t)`` bytes to ``(b, t, 256)`` scores of the byte that follows each."""
 
-    def __init__(self, d: int = 128, h: int = 4, layers: int = 4, context: int = 128):
+    def __init__(self, d: int = 128, h: int = 4, layers: int = 4, context: int = 64):
         super().__init__()
         self.d, self.context = d, context
         self.trunk, self.head = Trunk(d, h, layers, context), nn.Linear(d, BYTES)
         for module in self.modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.3)  # learns faster in its first minute than from 0.02 or from 1
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.trunk(ids)[:, -ids.shape[1] :])  # a prompt's own are left out
@@ -223,8 +223,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS), help="default: all")
     option("--domain", choices=[d for d in fetch.DOMAINS if d not in SOURCES], default="tweets", help="default: %(default)s")
     option("--pretrain-seconds", type=float, default=60.0, help="default: %(default)s")
-    option("--steps", type=positive, default=150, help="of each method (default: %(default)s)")
-    option("--batch-size", type=positive, default=16, help="windows of 128 bytes (default: %(default)s)")
+    option("--steps", type=positive, default=300, help="of each method (default: %(default)s)")
+    option("--batch-size", type=positive, default=8, help="windows of 64 bytes (default: %(default)s)")
     option("--rank", type=positive, default=16, help="of adapters, length of prefixes (default: %(default)s)")
     option("--opening", default="I ", help="what the model continues (default: %(default)r)")
     option("--length", type=positive, default=100, help="how far it does, in bytes (default: %(default)s)")

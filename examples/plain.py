@@ -90,7 +90,11 @@ def prefix_tuning(encoder: nn.Module, p: int, hidden: int | None) -> nn.Module:
     config = PrefixTuningConfig(
         task_type="FEATURE_EXTRACTION", num_virtual_tokens=p, prefix_projection=hidden is not None, encoder_hidden_size=hidden
     )
-    return get_peft_model(encoder, config).eval()
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    model = get_peft_model(encoder, config).eval()
+    for parameter in trained:  # of other adapters, which peft takes for a part of the frozen model
+        parameter.requires_grad_(True)
+    return model
 
 
 def prompt_tuning(encoder: nn.Module, p: int) -> nn.Module:

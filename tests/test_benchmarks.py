@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import drop, report, run, tasks
+from benchmarks import drop, fusion, report, run, tasks
 from benchmarks.agreement import Judge, disagreement
 from benchmarks.contestants import Contestant, backends, differentiated, enter, quiet
 from benchmarks.memory import saved_extra
@@ -160,6 +160,15 @@ def test_several_tasks(monkeypatch, capsys):
         monkeypatch.setattr(tasks, name, value)
     tasks.main(["--seconds", "0", "--threads", str(torch.get_num_threads())])
     assert len(re.findall(r"\d x$", capsys.readouterr().out, re.MULTILINE)) == 3
+
+
+@pytest.mark.slow
+def test_fused_adapters(monkeypatch, capsys):
+    pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
+    for name, value in {"WIDTHS": (32,), "ADAPTERS": (2, 3), "B": 2, "T": 20}.items():
+        monkeypatch.setattr(fusion, name, value)
+    fusion.main(["--seconds", "0", "--threads", str(torch.get_num_threads())])
+    assert len(re.findall(r"\d x +\d\.\d\d x$", capsys.readouterr().out, re.MULTILINE)) == 2
 
 
 @pytest.mark.slow

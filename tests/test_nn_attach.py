@@ -36,6 +36,7 @@ IN_PYTORCH = {
     "adapter_plus": ({"r": 4}, "bottleneck", ["linear2.attached"]),
     "parallel": ({"r": 4}, "bottleneck", ["linear2.attached"]),
     "bank": ({"g": 2, "r": 4}, "bottleneck", ["linear2.attached"]),
+    "fusion": ({"g": 2, "r": 4, "query": "learned", "activation": "gelu"}, "fusion", ["linear2.attached"]),
     "compacter": ({"r": 4}, "compacter", ["self_attn.attached", "linear2.attached"]),
     "compacter_plus_plus": ({"r": 4}, "compacter", ["linear2.attached"]),
     "hyper": ({"tasks": 2, "r": 4}, "hyper", ["self_attn.attached", "linear2.attached"]),
@@ -69,7 +70,8 @@ def ready(method, norm_first=False):
     """An encoder with adapters that do something, and their names."""
     model = encoder(norm_first)
     names = attach(model, method, **IN_PYTORCH[method][0])
-    for parameter in freeze_except(model, IN_PYTORCH[method][1]).values():
+    banks = [p for module in model.modules() if isinstance(module, AdapterBank) for p in module.parameters()]
+    for parameter in (*freeze_except(model, IN_PYTORCH[method][1]).values(), *banks):  # a fusion keeps its bank frozen
         nn.init.normal_(parameter, std=0.3)
     model.requires_grad_(True)
     return model, names
@@ -229,7 +231,9 @@ def test_types_and_options_arrive():
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     half = encoder().bfloat16()
     attach(half, "bottleneck", r=2)
+    attach(half, "bottleneck", targets="norm2", r=2, dtype=torch.bfloat16)
     assert half.layers[0].linear2.attached.up.weight.dtype == torch.float32
+    assert half.layers[0].norm2.attached.up.weight.dtype == torch.bfloat16
     assert half(torch.randn(B, T, D, dtype=torch.bfloat16, device=DEVICE)).dtype == torch.bfloat16
 
 

@@ -26,7 +26,7 @@ from fastadapt.nn import (
     save_adapters,
 )
 
-from .test_nn import DEVICE, D, R, assert_equal_to, call, plain, randomised
+from .test_nn import DEVICE, D, R, assert_equal_to, call, gradients, plain, randomised
 
 SKIP = {"skip": "channel", "scale": "learned", "activation": "gelu"}
 
@@ -251,3 +251,14 @@ def test_compositions_are_routed_and_dropped():
             assert torch.equal(model(x), two(x))
         with drop_adapters(model, [1]):
             assert torch.equal(model(x), one(bank(x, ids)))
+
+
+def test_compositions_compile_without_graph_break():
+    tasks = Switched({"a": BottleneckAdapter(D, R)}, active="a")
+    module = randomised(Stacked(Averaged(BottleneckAdapter(D, R), BottleneckAdapter(D, 3, **SKIP), weights="learned"), tasks))
+    x, grad_y = torch.randn(2, 6, D, device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    eager, traced = (gradients(lambda _, x, f=f: f(x), module, grad_y, x) for f in (module, compiled))
+    for name in eager:
+        assert torch.equal(traced[name], eager[name]), name

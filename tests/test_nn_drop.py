@@ -8,6 +8,7 @@ from torch import nn
 
 from fastadapt.nn import (
     AdapterBank,
+    AdapterFusion,
     BottleneckAdapter,
     CompacterAdapter,
     KronALinear,
@@ -151,6 +152,8 @@ def test_every_kind(x):
         (AdapterBank(2, D, 4), (x, IDS), {}, lambda _: x),
         (AdapterBank(2, D, 4, residual=False), (x, IDS), same, lambda _: same["residual"]),
         (AdapterBank(2, D, 4, residual=False), (x, IDS), {}, lambda _: torch.zeros_like(x)),
+        (AdapterFusion(D, AdapterBank(2, D, 4)), (x,), {}, lambda _: x),
+        (AdapterFusion(D, AdapterBank(2, D, 4, residual=False)), (x, same["residual"]), {}, lambda _: same["residual"]),
         (LoRALinear(nn.Linear(D, 8), 4, dora=True), (x,), {}, lambda m: m.base(x)),
         (KronALinear(nn.Linear(D, 8)), (x,), {}, lambda m: m.base(x)),
         (LoRAEmbedding(nn.Embedding(B, D), 4), (ids,), {}, lambda m: m.base(ids)),

@@ -336,6 +336,15 @@ NESTED = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, D, batch_first=T
         ),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_refuses(wrong, error, message):
     with pytest.raises(error, match=message):
         wrong()
+
+
+def test_a_base_that_is_refused_stays_trainable():
+    base = Trunk()
+    for wrong in (lambda: LadderSideNetwork(base, D, h=3), lambda: SideNetwork(base, LINEAR, alpha=7)):
+        with pytest.raises(ValueError):
+            wrong()
+    assert base.training and all(p.requires_grad for p in base.parameters())

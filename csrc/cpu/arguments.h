@@ -33,6 +33,8 @@ inline Dtype dtype_of(ScalarType t) {
   }
 }
 
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
 // Offsets of every index over the dims [first, first + dims).
 inline std::vector<int64_t> index_offsets(const Tensor& t, int64_t dims, int64_t first = 0) {
   std::vector<int64_t> offsets{0};
@@ -204,9 +206,8 @@ std::array<Tensor, N> gradients_of(const char* op, const Tensor& x, const Option
     FA_CHECK(!wants[i] || inputs[i], op, ": output_mask[", i, "] asks for the gradient of an argument that is None");
     grads[i] = wants[i] ? empty(inputs[i]->sizes(), *inputs[i]) : empty({&none, 1}, x);
     data[i] = grads[i].mutable_data_ptr();
-    if (!wants[i] || !zero || !grads[i].numel()) continue;
-    const Dtype dtype = dtype_of(grads[i].scalar_type());
-    memset(data[i], 0, grads[i].numel() * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2));
+    if (wants[i] && zero && grads[i].numel())
+      memset(data[i], 0, grads[i].numel() * item_size(dtype_of(grads[i].scalar_type())));
   }
   return grads;
 }

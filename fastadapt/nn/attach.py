@@ -9,6 +9,7 @@ from .bank import AdapterBank
 from .bitfit import train_biases
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .fusion import AdapterFusion
 from .hyper import HyperAdapter
 from .kron import KronALinear
 from .lora import LoRAEmbedding, LoRALinear
@@ -73,7 +74,7 @@ def _places(found: dict[str, nn.Module]) -> list[tuple[int, dict]]:
 
 
 def _bottlenecks(make, places, r: int | None = None, **options):
-    return [make(d, max(1, d // REDUCTION) if r is None else r, **made, **options) for d, made in places]
+    return [make(d, max(1, d // REDUCTION) if r is None else r, **{**made, **options}) for d, made in places]
 
 
 def _compacters(places, r: int | None = None, **options):
@@ -88,8 +89,14 @@ def _banks(places, *, g: int, **options):
     return _bottlenecks(lambda d, r, **others: AdapterBank(g, d, r, **others), places, **options)
 
 
+def _fusions(places, *, g: int, r: int | None = None, **options):
+    own = {name: options.pop(name) for name in ("query", "value", "temperature") if name in options}
+    banks = _banks(places, g=g, r=r, **options)
+    return [AdapterFusion(d, bank, **{**made, **own}) for (d, made), bank in zip(places, banks)]
+
+
 def _prompts(p: int, places, **options):
-    return [PromptEmbedding(p, d, **made, **options) for d, made in places]
+    return [PromptEmbedding(p, d, **{**made, **options}) for d, made in places]
 
 
 def _after(default, make, model: nn.Module, targets: Targets | None, **options) -> list[str]:
@@ -217,6 +224,7 @@ _METHODS: dict[str, Callable[..., list[str]]] = {
     "adapter_plus": partial(_after, _feed_forward, partial(_bottlenecks, BottleneckAdapter.adapter_plus)),
     "parallel": _beside,
     "bank": partial(_after, _feed_forward, _banks),
+    "fusion": partial(_after, _feed_forward, _fusions),
     "compacter": partial(_after, _both, _compacters),
     "compacter_plus_plus": partial(_after, _feed_forward, _compacters),
     "hyper": _hyper,
@@ -243,6 +251,8 @@ def attach(model: nn.Module, method: str, *, targets: Targets | None = None, **o
     ``houlsby``                       after that and after the output projection of attention      the same
     ``parallel``                      beside the feed-forward block                                the same
     ``bank``                          as ``bottleneck``, for ids see :func:`route`                 ``g``, :class:`AdapterBank`
+    ``fusion``                        as ``bottleneck``, with a frozen bank to be loaded           ``g``, ``query``, ``value``,
+                                                                                                   ``temperature``, of the bank
     ``compacter``                     as ``houlsby``, all with one rule                            :class:`CompacterAdapter`
     ``compacter_plus_plus``           as ``bottleneck``, all with one rule                         the same
     ``hyper``                         as ``houlsby``, from one network for all tasks               ``tasks``,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter
 from .compacter import CompacterAdapter
+from .fusion import AdapterFusion
 from .hyper import HyperSite
 from .kron import KronALinear
 from .lora import LoRAEmbedding, LoRALinear, Merging
@@ -27,10 +28,12 @@ def _passed(adapter: nn.Module, x: Tensor, residual: Tensor | None = None, **opt
     return torch.zeros_like(x) if residual is None else residual
 
 
+def _passed_by_fusion(fusion: AdapterFusion, x: Tensor, residual: Tensor | None = None, **options) -> Tensor:
+    return _passed(fusion.adapters, x, residual)
+
+
 def _passed_by_bank(bank: AdapterBank, x: Tensor, adapter_ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    if residual is None and bank._options["residual"]:
-        return x
-    return torch.zeros_like(x) if residual is None else residual
+    return _passed(bank, x, residual)
 
 
 def _base(adapter: nn.Module, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
@@ -49,6 +52,7 @@ def _without_prefix(attention: PrefixAttention, x: Tensor, *args, prefix=None, a
 _INSTEAD: dict[type, Callable] = {
     **dict.fromkeys((BottleneckAdapter, CompacterAdapter, HyperSite), _passed),
     AdapterBank: _passed_by_bank,
+    AdapterFusion: _passed_by_fusion,
     **dict.fromkeys((LoRALinear, LoRAEmbedding, LoRABank, KronALinear), _base),
     **dict.fromkeys((LoRAMultiheadAttention, PrefixMultiheadAttention), _base_attention),
     PrefixAttention: _without_prefix,

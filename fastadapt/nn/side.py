@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 
 import torch
@@ -36,13 +37,16 @@ def _with_first(out, y: Tensor):
     return type(out)._make((y, *out[1:])) if hasattr(out, "_make") else (y, *out[1:])
 
 
+def _check_module(name: str, value) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+
+
 class _BesideFrozen(nn.Module):
     """A frozen ``base`` that runs without a graph and without dropout, whatever mode the module is in."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        if not isinstance(base, nn.Module):
-            raise TypeError(f"base must be a torch.nn.Module, got {type(base).__name__}")
         self.base = base.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -69,14 +73,14 @@ class SideNetwork(_BesideFrozen):
     """
 
     def __init__(self, base: nn.Module, side: nn.Module, *, alpha: float = 0.5, learned: bool = True):
-        super().__init__(base)
-        if not isinstance(side, nn.Module):
-            raise TypeError(f"side must be a torch.nn.Module, got {type(side).__name__}")
+        _check_module("base", base)
+        _check_module("side", side)
         if not isinstance(learned, bool):
             raise TypeError(f"learned must be True or False, got {type(learned).__name__}")
         inside = isinstance(alpha, Real) and (0 < alpha < 1 if learned else 0 <= alpha <= 1)
         if not inside or isinstance(alpha, bool):
             raise ValueError(f"alpha must be a number in {'(0, 1)' if learned else '[0, 1]'}, got {alpha!r}")
+        super().__init__(base)
         self.side = side
         self.alpha = float(alpha)
         if learned:
@@ -171,6 +175,7 @@ class LadderSideNetwork(_BesideFrozen):
 
     ``base`` runs without a graph, in evaluation mode also in training. For the backward pass of ``down`` one tensor a tapped
     layer is kept, the hidden state itself; of what is inside the layers, nothing. No gradient goes to the input of ``base``.
+    To ``torch.compile``, ``base`` and the side network are graphs of their own.
 
     Keys of ``state_dict``: those of ``base``, ``down.0`` to ``down.<layers>`` and ``up``, ``weight`` and ``bias`` each, those
     of ``blocks.<i>`` and ``norm``, and ``alpha`` ``(layers,)``.
@@ -197,7 +202,7 @@ class LadderSideNetwork(_BesideFrozen):
         block: Callable[[int], nn.Module] | None = None, h: int = 4, causal: bool = False, temperature: float = 0.1,
         device=None, dtype=None,
     ):  # fmt: skip
-        super().__init__(base)
+        _check_module("base", base)
         check_size("d", d)
         check_size("reduction", reduction)
         if d % reduction:
@@ -207,16 +212,16 @@ class LadderSideNetwork(_BesideFrozen):
                 raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
         if not isinstance(temperature, Real) or not temperature > 0:
             raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-        self.layers = _layer_names(base, layers)
-        self.d, self.residual, self.temperature = d, residual, float(temperature)
-        width, count, factory = d // reduction, len(self.layers), {"device": device, "dtype": dtype}
-        self.down = nn.ModuleList(nn.Linear(d, width, **factory) for _ in range(count + 1))
-        if block is None:
-            self.blocks = nn.ModuleList(SideBlock(width, h, causal=causal, **factory) for _ in range(count))
-        else:
-            self.blocks = nn.ModuleList(block(width) for _ in range(count))
+        names, width, factory = _layer_names(base, layers), d // reduction, {"device": device, "dtype": dtype}
+        block = partial(SideBlock, h=h, causal=causal, **factory) if block is None else block
+        blocks = nn.ModuleList(block(width) for _ in names)
+        super().__init__(base)  # freezes it, once nothing can be refused any more
+        self.layers, self.d, self.residual, self.temperature = names, d, residual, float(temperature)
+        self.down = nn.ModuleList(nn.Linear(d, width, **factory) for _ in range(len(names) + 1))
+        self.blocks = blocks
+        self._masked = ["mask" in inspect.signature(block.forward).parameters for block in blocks]
         self.norm, self.up = nn.LayerNorm(width, **factory), nn.Linear(width, d, **factory)
-        self.alpha = nn.Parameter(torch.zeros(count, **factory))
+        self.alpha = nn.Parameter(torch.zeros(len(names), **factory))
         if residual:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
@@ -282,19 +287,16 @@ class LadderSideNetwork(_BesideFrozen):
         if not torch.is_autocast_enabled(hidden[0].device.type):
             hidden = [state.to(dtype) for state in hidden]
         x = self.down[0](hidden[0])
-        for state, down, mu, block in zip(hidden[1:], self.down[1:], self._gates(), self.blocks):
+        gates = torch.sigmoid(self.alpha / self.temperature).unbind()
+        for state, down, mu, block, masked in zip(hidden[1:], self.down[1:], gates, self.blocks, self._masked):
             read = down(state)
             x = read + mu * (x - read)
-            takes_mask = "mask" in inspect.signature(block.forward).parameters
-            x = block(x, mask=mask) if takes_mask else block(x)
+            x = block(x, mask=mask) if masked else block(x)
         first = _first(out, "base")
         y = self.up(self.norm(x)).to(first.dtype)
         if first.shape != y.shape:
             raise ValueError(f"base must put out hidden states {tuple(y.shape)}, got {tuple(first.shape)}")
         return _with_first(out, first + y if self.residual else y)
-
-    def _gates(self) -> tuple[Tensor, ...]:
-        return torch.sigmoid(self.alpha / self.temperature).unbind()
 
     def options(self) -> dict:
         """The constructor's arguments that decide what is computed."""
