@@ -14,7 +14,7 @@ from .test_nn import DEVICE, assert_within_reference_error
 
 transformers = pytest.importorskip("transformers", reason="the library transformers is not installed")
 
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache  # noqa: E402
 from transformers.masking_utils import eager_mask  # noqa: E402
 
 from fastadapt.integrations.transformers import (  # noqa: E402
@@ -121,6 +121,20 @@ def test_without_a_prefix_a_model_is_what_it_was(name, padding):
     assert_same(call, switched(model, "sdpa", call), model.parameters())
 
 
+@over_decoders
+def test_a_static_cache(name):
+    """Its keys go on after the last query, also in the first call; there is no padding, with a mask that says so or without."""
+    model, (ids,) = decoder(name), on_device(IDS)
+    expected = model(ids, use_cache=False).logits
+    for seen in (None, torch.ones_like(ids)):
+        cache = StaticCache(model.config, max_cache_len=T + 3)
+        for start, end in ((0, 3), (3, 5), (5, T)):
+            options = {} if seen is None else {"attention_mask": seen[:, :end]}
+            where = torch.arange(start, end, device=DEVICE)
+            y = model(ids[:, start:end], past_key_values=cache, cache_position=where, **options).logits
+            torch.testing.assert_close(y, expected[:, start:end])
+
+
 def in_a_cache(model, encoder, ids, padding, **kwargs):
     """A call of ``model`` without hooks, where the prefix is the past of every sequence."""
     cache = DynamicCache()
@@ -152,15 +166,17 @@ def test_prefix_tuning_is_a_prefix_in_the_cache(name, hidden):
     assert_same(lambda: model(**call).logits[seen], slow, trained.values())
 
 
-def encoder_model():
-    config = transformers.SplinterConfig(intermediate_size=48, **SIZES)
-    return transformers.SplinterModel(config).to(DEVICE, torch.float64).eval()
+def encoder_model(name="Splinter"):
+    config = getattr(transformers, f"{name}Config")(intermediate_size=48, **SIZES)
+    return getattr(transformers, f"{name}Model")(config).to(DEVICE, torch.float64).eval()
 
 
 @pytest.mark.parametrize("gate", [None, "per_head", "scalar"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "encoder"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "Splinter", "Bert"])
 def test_prefixes_are_concatenation_in_every_layer(name, gate):
-    model, (ids, padding) = encoder_model() if name == "encoder" else decoder(name), on_device(IDS, LEFT)
+    model, (ids, padding) = decoder(name) if name in CONFIGS else encoder_model(name), on_device(IDS, LEFT)
+    if not attention_layers(model):
+        pytest.skip(f"{name} has attention code of its own before transformers 5")
     encoder = add_prefix(model, P, gate=gate)
     with torch.no_grad():
         for p in encoder.parameters():
@@ -169,7 +185,7 @@ def test_prefixes_are_concatenation_in_every_layer(name, gate):
 
     def call():
         output = model(ids, attention_mask=padding)
-        return (output.last_hidden_state if name == "encoder" else output.logits)[seen]
+        return (output.logits if name in CONFIGS else output.last_hidden_state)[seen]
 
     assert_same(call, switched(model, "concatenation", call), trained.values())
 
@@ -329,6 +345,12 @@ def test_what_attention_is_given(monkeypatch):
         shapes.clear()
         decoder(name)(ids, attention_mask=padding)
         assert set(shapes) == {shape}, name
+    if attention_layers(bert := encoder_model("Bert")):  # since transformers 5
+        bert.set_attn_implementation("fastadapt")
+        for padding, shape in ((None, None), (torch.ones_like(ids), None), (left, (B, 1, 1, T))):
+            shapes.clear()
+            bert(ids, attention_mask=padding)
+            assert set(shapes) == {shape}
 
 
 def test_a_mask_of_queries_and_keys_says_everything():
@@ -348,8 +370,9 @@ def test_refuses():
     layer, (q, k) = nn.Module(), torch.randn(2, 1, 2, 4, 8)
     with pytest.raises(ValueError, match='attn_implementation="fastadapt" doesn\'t support softcap'):
         attention(layer, q, k, k, None, softcap=50.0)
-    with pytest.raises(ValueError, match="doesn't support head_mask"):
-        attention(layer, q, k, k, None, head_mask=torch.ones(2))
+    for name in ("head_mask", "position_bias"):
+        with pytest.raises(ValueError, match=f"doesn't support {name}"):
+            attention(layer, q, k, k, None, **{name: torch.ones(2)})
     with pytest.raises(TypeError, match=r"attention_mask must be torch.bool where it is \(b, t_k\), got torch.int64"):
         attention(layer, q, k, k, torch.ones(1, 4, dtype=torch.int64))
     assert mask(kv_length=4, attention_mask=torch.ones(1, 4, dtype=torch.bool)) is None

@@ -67,7 +67,7 @@ def _of_tokens(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
         given["use_cache"] = False
         if mask is not None:
             given["attention_mask"] = mask = mask[:, call.p :]
-        if prefixes.is_encoder(module):
+        if prefixes.enabled(module):
             # Three dims, since of two it makes a mask of every query and key.
             ones = mask is None or (not torch.compiler.is_compiling() and bool(mask.all()))
             given["attention_mask"] = None if ones else mask[:, None]

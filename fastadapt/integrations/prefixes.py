@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..nn.prefix import Prefix
-from .transformers import NAME, attention
+from .transformers import NAME, asks_by_name, attention
 
 # Decoders whose layers ask for their attention by name, and that count their own positions from the length of the cache.
 _DECODERS = frozenset({
     "cohere", "gemma", "glm", "gpt2", "gpt_neox", "granite", "helium", "llama", "mistral", "olmo", "olmo2", "phi", "phi3",
     "qwen2", "qwen3", "smollm3", "starcoder2",
 })  # fmt: skip
-# Encoders with attention code of their own, which is the same in all of them.
+# Encoders whose attention is the same code in all of them, which asks by name since transformers 5.
 _ENCODERS = frozenset({"bert", "camembert", "roberta", "xlm-roberta"})
 
 
@@ -77,13 +77,9 @@ def swap(module: nn.Module, kind: type) -> None:
         setattr(module, name, MethodType(getattr(kind, method), module))
 
 
-def is_encoder(backbone: nn.Module) -> bool:
-    return backbone.config.model_type in _ENCODERS
-
-
 def attention_layers(backbone: nn.Module) -> list[nn.Module]:
     """The layers that prefixes go to, first to last."""
-    parts = ("query", "key", "value") if is_encoder(backbone) else ("layer_idx", "is_causal")
+    parts = ("query", "key", "value") if backbone.config.model_type in _ENCODERS else ("layer_idx", "is_causal")
     return [m for m in backbone.modules() if all(part in m._modules or part in m.__dict__ for part in parts)]
 
 
@@ -93,10 +89,13 @@ def refusal(backbone: nn.Module, count: int | None = None) -> str | None:
     kind = getattr(config, "model_type", type(backbone).__name__)
     if kind not in _DECODERS | _ENCODERS:
         return f"{kind} has attention code or positions of its own"
-    if config.is_encoder_decoder or config.add_cross_attention or (kind in _ENCODERS and config.is_decoder):
+    decodes = kind in _ENCODERS and config.is_decoder
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False) or decodes:
         return f"a {kind} that decodes with cross-attention or a mask of its own"
     layers = attention_layers(backbone)
-    if kind in _ENCODERS and any(layer.position_embedding_type != "absolute" for layer in layers):
+    if kind in _DECODERS and not all(asks_by_name(type(layer)) for layer in layers):
+        return f"its {kind} has attention code of its own"
+    if any(getattr(layer, "position_embedding_type", "absolute") != "absolute" for layer in layers):
         return "its attention has positions in its scores"
     if kind == "gpt2" and not (config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx):
         return "its attention has scales that PyTorch's doesn't know"
@@ -115,11 +114,15 @@ def window(backbone: nn.Module) -> int | None:
 
 
 def enable(backbone: nn.Module) -> None:
-    """Let the layers of an encoder take a prefix; those of a decoder do."""
-    if is_encoder(backbone):
-        for layer in attention_layers(backbone):
-            if not isinstance(layer, _SelfAttention):
-                swap(layer, preceded(type(layer), _SelfAttention))
+    """Let every layer take a prefix; those that ask for their attention by name do."""
+    for layer in attention_layers(backbone):
+        if not (isinstance(layer, _SelfAttention) or asks_by_name(type(layer))):
+            swap(layer, preceded(type(layer), _SelfAttention))
+
+
+def enabled(backbone: nn.Module) -> bool:
+    """Whether there are layers that take a prefix only since :func:`enable`, and a mask that the model makes by itself."""
+    return any(isinstance(layer, _SelfAttention) for layer in attention_layers(backbone))
 
 
 def restore(model: nn.Module) -> None:
@@ -210,7 +213,9 @@ def own_positions(backbone: nn.Module, given: dict, past: int, p: int) -> Tensor
     """
     tokens = given.get("input_ids")
     like = given["inputs_embeds"] if tokens is None else tokens
-    code = sys.modules[type(getattr(backbone, "embeddings", backbone)).__module__]
-    if of_tokens := getattr(code, "create_position_ids_from_input_ids", None):  # RoBERTa's, which count no padding
-        return None if tokens is None else of_tokens(tokens, backbone.embeddings.padding_idx, p)
+    embeddings = getattr(backbone, "embeddings", backbone)
+    of_tokens = "create_position_ids_from_input_ids"  # RoBERTa's, which count no padding; a method since transformers 5
+    of_tokens = getattr(embeddings, of_tokens, None) or getattr(sys.modules[type(embeddings).__module__], of_tokens, None)
+    if of_tokens:
+        return None if tokens is None else of_tokens(tokens, embeddings.padding_idx, p)
     return torch.arange(past + p, past + p + like.shape[1], device=like.device)[None]

@@ -8,14 +8,16 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..nn.prefix import Prefix, PrefixEncoder
 from ..ops.prefix_attention import prefix_attention
 
 NAME = "fastadapt"
-_REFUSED = ("head_mask", "output_attentions", "softcap", "s_aux")  # what a layer can ask of its attention beyond softmax
+# What a layer can ask of its attention beyond softmax.
+_REFUSED = ("head_mask", "output_attentions", "position_bias", "s_aux", "sinks", "softcap")
+_BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)  # since transformers 5
 
 
 class _Computed(Prefix):
@@ -91,22 +93,30 @@ def mask(
     *, kv_length: int, kv_offset: int = 0, mask_function=causal_mask_function, attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True, **kwargs,
 ) -> Tensor | None:  # fmt: skip
-    """The mask that :func:`attention` gets: the padding alone where the rest is causal, else what PyTorch's attention gets."""
+    """The mask that :func:`attention` gets: the padding alone where the rest is causal or nothing, else that of PyTorch's."""
+    if "q_length" in kwargs:  # since transformers 5 the skip counts from the first key too, with a static cache that is empty
+        end = kwargs["q_offset"] + kwargs["q_length"]
+        allow_is_causal_skip &= not isinstance(end, Tensor) and end == kv_offset + kv_length
     causal = mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0
-    if not causal or (attention_mask is not None and attention_mask.shape[1] != kv_length):
+    alone = causal or (mask_function is _BIDIRECTIONAL and kwargs["allow_is_bidirectional_skip"])
+    if not alone or (attention_mask is not None and attention_mask.shape[1] != kv_length):
         return sdpa_mask(
             kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
             allow_is_causal_skip=allow_is_causal_skip, **kwargs,
         )  # fmt: skip
     if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
         return None
-    return attention_mask
+    return attention_mask if causal else attention_mask[:, None, None]
+
+
+def asks_by_name(kind: type[nn.Module]) -> bool:
+    """Whether layers of this class look up their attention function by its name."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(kind.forward).__code__.co_names
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of ``model`` that look up their attention function by its name."""
-    functions = {type(module): inspect.unwrap(type(module).forward) for module in model.modules()}
-    found = {cls for cls, function in functions.items() if "ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names}
+    found = {kind for kind in {type(module) for module in model.modules()} if asks_by_name(kind)}
     return [module for module in model.modules() if type(module) in found]
 
 
