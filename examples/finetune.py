@@ -122,13 +122,13 @@ def wanted_domains(args: argparse.Namespace) -> list[str]:
     return list(fetch.DOMAINS) if args.several else [args.domain]
 
 
-def several(encoder, train, test, args: argparse.Namespace, bar: tqdm) -> list[multitask.Row]:
+def several(encoder, train, test, steps: int, args: argparse.Namespace, bar: tqdm) -> list[multitask.Row]:
     """Print what one model for several domains reaches beside one for each."""
     bar.set_description("several domains")
-    bar.write(f"\nAll domains, {args.steps} steps for each\n\n{multitask.header(list(train))}")
+    bar.write(f"\nAll domains, {steps} steps for each\n\n{multitask.header(list(train))}")
     rows = []
     for row in multitask.compare(
-        encoder, train, test, r=args.rank, steps=args.steps, batch_size=args.batch_size, seed=args.seed, backend=args.backend,
+        encoder, train, test, r=args.rank, steps=steps, batch_size=args.batch_size, seed=args.seed, backend=args.backend,
         progress=bar.update,
     ):  # fmt: skip
         bar.write(multitask.line(row))
@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     methods = list(dict.fromkeys(args.methods))
     pause = 0.2 if sys.stderr.isatty() else 10  # into a file, a line every ten seconds is enough
-    steps = args.steps * (len(methods) + (4 * len(sentences) if args.several else 0))
+    of_each = max(1, args.steps // 2)  # of a domain, when there are several
+    steps = args.steps * len(methods) + (len(multitask.LR) * len(sentences) * of_each if args.several else 0)
     with tqdm(total=steps, unit="batch", leave=False, mininterval=pause) as bar:
         batches = train[args.domain].training(args.batch_size, args.steps, args.seed)
         for method in methods:
@@ -167,12 +168,12 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(compare(encoder, method, args, batches, list(test[args.domain].in_order(64)), bar))
             bar.write(report.line(rows[-1]))
         bar.write(f"\n{report.LEGEND}")
-        tasks = several(encoder, train, test, args, bar) if args.several else []
+        tasks = several(encoder, train, test, of_each, args, bar) if args.several else []
     if args.plot:
         report.plot(rows, args.plot, f"all-MiniLM-L6-v2 on {args.domain}: {title}, {place}")
         print(f"\n{args.plot}")
     if args.json:
-        about = {"setting": f"{title}, {place}", "domain": args.domain, "torch": torch.__version__}
+        about = {"setting": f"{title}, {place}", "domain": args.domain, "steps_of_each": of_each, "torch": torch.__version__}
         report.write(args.json, rows, tasks, about)
     allowed = {name: TOLERANCE_OF_CURVES if method.random else TOLERANCE for name, method in adapt.METHODS.items()}
     if far := [row.method for row in rows if (row.loss_difference or 0) > allowed[row.method]]:

@@ -56,7 +56,11 @@ def _setting(record: dict) -> str:
     return f"all-MiniLM-L6-v2 on the domain {record['domain']}, {record['setting']}, torch {record['torch']}."
 
 
-PARTS = {"setting": _setting, "methods": _methods, "tasks": _tasks}
+def _steps(record: dict) -> str:
+    return f"The four domains of the corpus as four tasks, each with {record['steps_of_each']} steps:"
+
+
+PARTS = {"steps": _steps, "setting": _setting, "methods": _methods, "tasks": _tasks}
 
 
 def written(page: str, record: dict) -> str:

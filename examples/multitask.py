@@ -14,7 +14,7 @@ import fastadapt.nn
 
 from . import adapt, data, measure
 
-LR = 2e-3
+LR = {"separate": 2e-3, "bank": 2e-3, "hyper": 5e-3, "fusion": 2e-3}
 HEADER = "{:10}{:>12}" + "{:>9}" * 5 + "{:>12}"
 LEGEND = """\
 separate    a model for each domain: frozen encoder, bottlenecks after the FFN, head; trained one after the other
@@ -91,16 +91,16 @@ def compare(
             yield batch
             progress()
 
-    def trained(model, of_batches):
+    def trained(kind, model, of_batches):
         adapt.set_backend(model, backend)
-        run = measure.Run(model, LR, len(of_batches))
+        run = measure.Run(model, LR[kind], len(of_batches))
         measure.train([run], watched(of_batches))
         return run
 
     runs = {}
     for name in domains:
         model = adapt.build(encoder, "standard", fastadapt.nn, r=r, seed=seed)
-        runs[name] = trained(model, batches[name])
+        runs[name] = trained("separate", model, batches[name])
     models = [run.model for run in runs.values()]
     yield Row(
         "separate", sum(adapt.count(model)[0] for model in models),
@@ -118,7 +118,7 @@ def compare(
             with torch.no_grad():
                 model.weight.copy_(torch.stack([m.head.weight for m in models]))
                 model.bias.copy_(torch.stack([m.head.bias for m in models]))
-        run = trained(model, mixed)
+        run = trained(kind, model, mixed)
         accuracy = {name: run.accuracy(batch.of_task(i) for batch in test[name].in_order(64)) for i, name in enumerate(domains)}
         yield Row(kind, adapt.count(model)[0], accuracy, 1e3 * statistics.median(run.seconds))
 
