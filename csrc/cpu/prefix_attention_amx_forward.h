@@ -1,6 +1,6 @@
-// Forward of prefix_attention in bfloat16 where the processor has AMX. Prefix and own keys stand in one row of columns, but
-// where a gate keeps their sums apart: a short prefix takes no tile of its own. Weights are rounded to bfloat16, as matrix units
-// do, once their sum is known in float32.
+// Forward of prefix_attention in bfloat16 where the processor has AMX. Prefix and own keys stand in one row of columns, unless
+// a gate keeps their sums apart: a short prefix takes no tile of its own. Weights are summed up in float32 and rounded to
+// bfloat16 for their product with values, as matrix units do.
 #pragma once
 #include "prefix_attention_amx_tiles.h"
 #include "prefix_attention_forward.h"
@@ -13,12 +13,12 @@ struct AmxForward : Forward<BFloat16, W>, AmxOperands {
   using Vector = Forward<BFloat16, W>;
   using AmxOperands::T, AmxOperands::C;
   using typename Vector::Sums, typename Vector::Unit;
-  using Vector::L, Vector::each_row;
+  using Vector::L;
 
   // Keys of a tile, and the distance of rows of scores and of weights: odd numbers of cache lines, which no cache set repeats.
   static constexpr int64_t tile_keys = 256, score_ld = tile_keys + 16, weight_ld = tile_keys + 32;
 
-  // Few rows would leave tiles empty.
+  // Few rows would leave tiles next to empty.
   static FA_INLINE bool fits(const Problem& p) { return p.t * (p.h / p.h_kv) > few_rows; }
 
   struct Thread : Sums {
@@ -169,7 +169,7 @@ struct AmxForward : Forward<BFloat16, W>, AmxOperands {
     const Columns all{index, prefix && index >= 0 ? p.p : 0};
     for (int64_t r = 0; r < rows; ++r)
       t.ends[r] = all.prefix + (own ? own_end(p, u.i, u.first + r % u.queries) : 0);
-    const int64_t end = t.ends[rows - 1];
+    const int64_t end = t.ends[rows - 1];  // the last query sees the most
     const bool here = t.packed[0] == u.kv && t.packed[1] == index;
     for (int64_t first = 0; first < end; first += tile_keys) {
       Tile tile(all, first, least(tile_keys, end - first));
