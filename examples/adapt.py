@@ -152,6 +152,12 @@ def _prompt(encoder: nn.Module, modules, p: int) -> nn.Module:
     return Prompted(encoder, modules.PromptEmbedding.from_vocabulary(encoder.get_input_embeddings(), p), modules.prompt_inputs)
 
 
+def _p_tuning(encoder: nn.Module, modules, p: int) -> nn.Module:
+    if modules is plain:
+        return plain.p_tuning(encoder, p)
+    return Prompted(encoder, modules.PromptEncoder(p, encoder.config.hidden_size), modules.prompt_inputs)
+
+
 def _mam(encoder: nn.Module, modules, p: int) -> nn.Module:
     """Prefixes, and beside each FFN a bottleneck three times as wide as they are long."""
     for layer in encoder.encoder.layer:
@@ -191,6 +197,7 @@ METHODS = {
     ),
     "mam": Method("mix and match: prefixes and parallel (He et al. 2022)", 1e-3, None, "prefix_length", around=_mam),
     "prompt": Method("prompt tuning: a prompt of vectors (Lester et al. 2021)", 1e-1, None, "prefix_length", around=_prompt),
+    "ptuning": Method("P-tuning: a prompt from an MLP (Liu et al. 2021)", 5e-3, None, "prefix_length", around=_p_tuning),
     "ladder": Method("a side network an eighth as wide (LST, Sung et al. 2022)", 3e-3, around=_ladder, alone=True),
 }  # fmt: skip
 

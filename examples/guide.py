@@ -17,7 +17,7 @@ MIXED = {
     "skip": "`AdapterBank`", "parallel": "`ParallelAdapter` of a bank", "compacter": "`adapter_ids` of the op",
     "compact++": "`adapter_ids` of the op", "lora": "`LoRABank`", "lora-drop": "`LoRABank`", "dora": "no",
     "lora-all": "`LoRABank`", "prefix": "`PrefixAttention`", "ptuning-2": "`PrefixAttention`", "mam": "both of its kinds",
-    "prompt": "yes, a part of the input", "ladder": "no",
+    "prompt": "yes, a part of the input", "ptuning": "yes, a part of the input", "ladder": "no",
 }  # fmt: skip
 MERGED = {"full", "bitfit", "lora", "lora-drop", "dora", "lora-all"}
 

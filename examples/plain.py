@@ -104,6 +104,14 @@ def prompt_tuning(encoder: nn.Module, p: int) -> nn.Module:
     return get_peft_model(encoder, PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=p)).eval()
 
 
+def p_tuning(encoder: nn.Module, p: int) -> nn.Module:
+    """The model of ``peft`` around ``encoder``: it runs the MLP of a prompt for every sentence."""
+    from peft import PromptEncoderConfig, get_peft_model
+
+    options = {"num_virtual_tokens": p, "encoder_hidden_size": encoder.config.hidden_size}
+    return get_peft_model(encoder, PromptEncoderConfig(task_type="FEATURE_EXTRACTION", **options)).eval()
+
+
 def load_prompt(theirs: nn.Module, ours: nn.Module) -> None:
     """Give the model of ``peft`` the prefixes or the prompt of an encoder of the demo, and its bottlenecks if it has some."""
     bottlenecks = [[m for m in model.modules() if type(m).__name__ == "BottleneckAdapter"] for model in (ours, theirs)]
@@ -117,7 +125,9 @@ def load_prompt(theirs: nn.Module, ours: nn.Module) -> None:
         for name, of_peft in names.items():
             state = {key.replace(name, of_peft): value for key, value in state.items()}
     else:
-        state = {"embedding.weight": ours.prompt.weight}
+        state = {name.replace("mlp.", "mlp_head."): value for name, value in ours.prompt.state_dict().items()}
+        if "weight" in state:  # no network makes it
+            state = {"embedding.weight": state["weight"]}
     theirs.prompt_encoder["default"].load_state_dict(state)
 
 

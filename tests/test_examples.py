@@ -180,6 +180,7 @@ def test_the_plain_compacter_is_the_same_function():
         ("ptuning-2", 48 * 12 * 384),
         ("mam", 48 * 384 + (384 + 1) * 64 + (64 + 1) * 12 * 384 + 6 * (2 * 384 * 144 + 144 + 384)),
         ("prompt", 48 * 384),
+        ("ptuning", 48 * 384 + 3 * (384 + 1) * 384),
         # Seven down, one up, a norm, six gates, and six blocks of 48 columns: two norms, attention and a feed-forward block.
         ("ladder", 7 * (384 + 1) * 48 + (48 + 1) * 384 + 96 + 6 + 6 * (2 * 96 + 4 * 49 * 48 + 49 * 4 * 48 + (4 * 48 + 1) * 48)),
     ],
