@@ -13,7 +13,7 @@ from .specs import SPECS
 if checks.DEVICE != "cpu":
     pytest.skip("the planted errors are calls on the CPU", allow_module_level=True)
 
-NAME, SPEC = next(iter(SPECS.items()))
+SPEC = SPECS["bottleneck"]
 CASE, X = SPEC.case(TELLING[0]), SPEC.activations[0]
 
 

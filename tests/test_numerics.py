@@ -67,7 +67,7 @@ def narrow_sums(spec):
 
 def change_element(t, by):
     t = t.clone()
-    t.view(-1)[-1] += by * t.detach().abs().max()
+    t[(-1,) * t.dim()] += by * t.detach().abs().max()
     return t
 
 

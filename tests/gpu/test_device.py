@@ -119,10 +119,16 @@ def test_devices(spec, backend, case, dtype):
     assert not (wrong := same({n: t.to("cuda:0") for n, t in actual.items()}, expected)), wrong
 
 
+def transposed(x, dim):
+    """Rows in another order; those of a matrix, ``dim`` its rows, become those of four."""
+    x = x.unflatten(dim, (4, -1)) if x.dim() == dim + 2 else x
+    return x.transpose(dim, dim + 1).contiguous().transpose(dim, dim + 1)
+
+
 VIEWS = {
-    "contiguous": lambda x: x,
-    "every-second-column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
-    "transposed": lambda x: (x.unflatten(0, (4, -1)) if x.dim() == 2 else x).transpose(0, 1).contiguous().transpose(0, 1),
+    "contiguous": lambda x, dim: x,
+    "every-second-column": lambda x, dim: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "transposed": transposed,
 }
 
 
@@ -131,8 +137,10 @@ VIEWS = {
 def test_memory(spec, backend, case, dtype, view, record_property):
     """Forward takes its output and at most 2 MiB, whatever the strides of its input."""
     arguments = case.make(dtype, DEVICE)
-    x = VIEWS[view](arguments[spec.activations[0]])
-    arguments = {n: x if t is arguments[spec.activations[0]] else t for n, t in arguments.items()}
+    given = {n: arguments[n] for n in spec.activations if arguments.get(n) is not None}
+    views = {id(t): VIEWS[view](t, spec.numerics.along.get(n, 0)) for n, t in given.items()}
+    arguments = {n: views.get(id(t), t) for n, t in arguments.items()}
+    x = arguments[spec.activations[0]]
     y = spec.output(arguments)
     extra = peak_extra(lambda: spec.op(**arguments, backend=backend), torch.device(DEVICE)) - y.numel() * y.element_size()
     record_property("bytes beside the output", extra)
@@ -149,11 +157,18 @@ def test_synchronisations(spec, backend, case, dtype):
         run(spec.op, arguments, backend=backend)
 
 
+def cut(spec, name, t, rows):
+    """Some rows of the output, an activation, or the gradient of one."""
+    return t[(slice(None),) * spec.numerics.along.get(name, 0) + (rows,)]
+
+
 def part(spec, arguments, rows):
-    """The same call on some rows: of the activations, and of what has a value a row."""
+    """The same call on some rows: of the activations, and of what has a value a row; what was one tensor stays one."""
     m = len(arguments[spec.activations[0]])
     by_row = lambda t: isinstance(t, torch.Tensor) and len(t.shape) and len(t) == m and not t.is_floating_point()  # noqa: E731
-    return {n: t[rows] if t is not None and (n in spec.activations or by_row(t)) else t for n, t in arguments.items()}
+    names = [n for n, t in arguments.items() if t is not None and (n in spec.activations or by_row(t))]
+    parts = {id(arguments[n]): cut(spec, n, arguments[n], rows) for n in names}
+    return {n: parts.get(id(t), t) for n, t in arguments.items()}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +202,8 @@ def test_large(spec, backend, dtype=torch.bfloat16):
         doubles = substitute(some, {n: t.double() for n, t in floats(some).items()})
         reference, oracle = (run(spec.reference, a, grad_y[rows]) for a in (some, doubles))
         if rows in windows:
-            results = ([x[n] for n in sorted(by_row)] for x in ({n: actual[n][rows] for n in by_row}, reference, oracle))
+            here = {n: cut(spec, n, actual[n], rows) for n in by_row}
+            results = ([x[n] for n in sorted(by_row)] for x in (here, reference, oracle))
             for name, *three in zip(sorted(by_row), *results):
                 errors += excess(*([t] for t in three), f"{name}, rows from {rows.start}")
             continue
