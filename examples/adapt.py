@@ -178,7 +178,7 @@ METHODS = {
     "standard": Method("standard: a bottleneck after the FFN (Pfeiffer et al. 2021)", 2e-3, _after_ffn),
     "houlsby": Method("a bottleneck after attention and after the FFN (Houlsby et al. 2019)", 1e-3, _after_both),
     "skip": Method("standard with a learned skip connection, skip_weight * x", 2e-3, _skip),
-    "parallel": Method("a bottleneck beside the FFN, scale 4 (He et al. 2022)", 1e-3, _beside_ffn),
+    "parallel": Method("a bottleneck beside the FFN, scale 4 (He et al. 2022)", 5e-4, _beside_ffn),
     "compacter": Method(
         "as houlsby, of Kronecker products (Karimi Mahabadi et al. 2021)", 6e-3, _phm_after_both, shared=_rule
     ),

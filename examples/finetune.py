@@ -100,7 +100,7 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
         peak=peaks.get("fastadapt"),
         plain_peak=peaks["plain"],
         speed_up=measure.speed_up(ours, theirs) if both else None,
-        inference=measure.overhead(ours.model, bare, longest) if both else None,
+        inference=measure.overhead((ours or theirs).model, bare, longest) if chosen.attach or chosen.around else None,
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     methods = list(dict.fromkeys(args.methods))
     pause = 0.2 if sys.stderr.isatty() else 10  # into a file, a line every ten seconds is enough
     of_each = max(1, args.steps // 2)  # of a domain, when there are several
-    steps = args.steps * len(methods) + (len(multitask.LR) * len(sentences) * of_each if args.several else 0)
+    steps = args.steps * len(methods) + (len(multitask.RATES) * len(sentences) * of_each if args.several else 0)
     with tqdm(total=steps, unit="batch", leave=False, mininterval=pause) as bar:
         batches = train[args.domain].training(args.batch_size, args.steps, args.seed)
         for method in methods:

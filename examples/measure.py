@@ -30,13 +30,16 @@ def keep_freed_memory() -> None:
 
 
 class Run:
-    """A model in training; ``seconds`` and ``losses`` grow by one a step."""
+    """A model in training; ``seconds`` and ``losses`` grow by one a step. ``rates``: learning rates of submodules by name."""
 
-    def __init__(self, model: nn.Module, lr: float, steps: int):
+    def __init__(self, model: nn.Module, lr: float, steps: int, rates: dict[str, float] | None = None):
         self.model, self.seconds, self.losses = model, [], []
         self.device = next(model.parameters()).device  # the encoder's; a method adds to it on the CPU
         model.to(self.device)
-        self.optimizer = torch.optim.AdamW(trainable(model), lr=lr, eps=1e-6, weight_decay=0.01, fused=True)
+        groups = [{"params": trainable(model.get_submodule(name)), "lr": own} for name, own in (rates or {}).items()]
+        apart = {p for group in groups for p in group["params"]}
+        groups.append({"params": [p for p in trainable(model) if p not in apart]})
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-6, weight_decay=0.01, fused=True)
         rise = max(1, steps // 10)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min((step + 1) / rise, max(steps - step, 1) / (steps - rise + 1))

@@ -53,6 +53,9 @@ class HyperAdapter(nn.Module):
     (``norm="post"``) or the up projection start at zero. The rest starts as in the paper: embeddings from N(0, 1), linear
     layers from N(0, 0.01²) with zero biases.
 
+    A generated weight is a sum of ``embedding`` terms that an optimizer such as Adam moves all at once: the network wants a
+    learning rate some ten times smaller than adapters that are trained themselves.
+
     Keys of ``state_dict``: ``task_embeddings.<name>`` ``(embedding,)`` for each task; ``layer_embedding.weight``,
     ``position_embedding.weight``; of the network, ``condition.0``, ``condition.2`` (linear), ``condition.3`` (LayerNorm) and
     ``generator``, each with ``weight`` and ``bias``.
