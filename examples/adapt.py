@@ -203,7 +203,7 @@ METHODS = {
 
 
 # What runs without --all: one method or two of each kind.
-USUAL = ["head", "bitfit", "standard", "parallel", "compact++", "lora", "lora-all", "prefix", "mam", "ladder"]
+USUAL = ["head", "bitfit", "standard", "parallel", "compact++", "lora", "prefix", "mam", "ladder"]
 OF_KRONECKER_PRODUCTS = [name for name, method in METHODS.items() if method.shared is _rule]
 # The methods that peft has and accelerate makes faster.
 OF_PEFT = [name for name, method in METHODS.items() if method.rank == "lora_rank"] + ["prefix", "ptuning-2"]
