@@ -3,7 +3,6 @@
 
 #include "adapter_fusion_args.h"
 #include "arguments.h"
-#include "pages.h"
 #include "pieces.h"
 #include "scratch.h"
 #include "target.h"
@@ -57,8 +56,6 @@ struct Owner {
   }
 
   // Of a tensor of the dtype of query.
-  int64_t bytes(const Tensor& t) const { return t.numel() * item_size(p.dtype); }
-
   Stack stack(const char* name, const Tensor& t, std::vector<int64_t>& offsets) const {
     const Rows rows = in.rows(name, t, p.d, offsets, 1);
     FA_CHECK(t.size(0) == p.g, "adapter_fusion: ", name, " must be of ", p.g, " adapters like keys, got ", t.size(0));
@@ -86,7 +83,6 @@ std::tuple<Tensor, Tensor> adapter_fusion_fwd_cpu(const Tensor& query, const Ten
   const Tensor y = empty(query.sizes(), query);
   const Tensor weights = empty(shape, p.dtype == Dtype::float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   p.y = y.mutable_data_ptr();
-  prefer_large_pages(p.y, call.bytes(y));
   p.weights = weights.mutable_data_ptr();
   const Kernel k = kernel(p.dtype);
   call.each(k.thread_bytes(p), std::min(p.m, most_parts),
@@ -109,7 +105,6 @@ Gradients adapter_fusion_bwd_cpu(const Tensor& grad_y, const Tensor& weights, co
   p.weights = const_cast<void*>(weights.const_data_ptr());
   const Optional inputs[gradients] = {query, keys, values, scale};
   const auto grads = gradients_of("adapter_fusion", query, inputs, output_mask, false, p.wants, p.grads);
-  for (Gradient i : {grad_query, grad_keys, grad_values}) prefer_large_pages(p.grads[i], call.bytes(grads[i]));
   const Kernel k = kernel(p.dtype);
   const int64_t parts = std::min(p.m, most_parts);
   std::vector<double> sums(parts);

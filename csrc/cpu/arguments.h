@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "pages.h"
 #include "views.h"
 
 namespace fastadapt::cpu {
@@ -60,7 +61,9 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, int32_t dtyp
   AtenTensorHandle out;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), -1, &out));
-  return Tensor(out);
+  Tensor t(out);
+  prefer_large_pages(t.mutable_data_ptr(), stride * aoti_torch_dtype_element_size(dtype));
+  return t;
 }
 
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& like) {

@@ -150,12 +150,14 @@ struct Forward {
   static void attend(const Problem& p, const Thread& t, const Unit& u, const Tile& tile, bool own, int64_t first, int64_t n,
                      int64_t begin, int64_t end) {
     const int64_t ld = padded<C>(p.e), width = padded<C>(n);
+    const bool cut = own && own_end(p, u.i, u.first) < first + n;  // by causality or the length
     for (int64_t g = begin, rows; g < end; g += rows) {
       rows = least(group_rows, end - g);
       int64_t seen = n;
       bool ragged = n % L;
-      if (own && own_end(p, u.i, u.first + g % u.queries) < first + n) {
-        rows = least(diagonal_rows, least(rows, u.queries - g % u.queries));  // of one head
+      if (cut) rows = least(rows, u.queries - g % u.queries);  // of one head, whose next queries see no less
+      if (cut && own_end(p, u.i, u.first + g % u.queries) < first + n) {
+        rows = least(diagonal_rows, rows);
         seen = least(n, own_end(p, u.i, u.first + g % u.queries + rows - 1) - first);
         ragged = true;
         if (seen <= 0) continue;

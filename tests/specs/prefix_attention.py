@@ -86,6 +86,7 @@ CASES = (
     case("long", b=1, h=2, t=150, e=16, p=130, causal=True),
     case("long-unmasked", b=1, h=2, t=70, t_k=200, e=32, p=64),
     case("decode", b=3, h=4, h_kv=2, t=1, t_k=65, e=32, p=7, causal=True),
+    case("grouped-and-continued", b=1, h=2, h_kv=1, t=13, t_k=48, e=16, p=3, causal=True),
     case("continued", b=2, h=2, t=21, t_k=50, e=16, p=3, causal=True),
     case("more-queries-than-keys", b=2, h=2, t=40, t_k=11, e=16, p=3, causal=True),
     case("more-queries-without-prefix", b=2, h=2, t=40, t_k=11, e=16, p=0, causal=True),
