@@ -154,9 +154,11 @@ __device__ __forceinline__ void multiply_heads(float (&products)[NI][4], const T
 #pragma unroll
   for (auto& block : products)
     for (float& v : block) v = 0.f;
-#pragma unroll 1  // in steps, since one float32 sum over the whole width would err more than PyTorch's
-  for (int k = 0; k < depth; k += 64)
-    multiply<NI, false, false, false>(products, unused, a + k, kRow, b + k, kRow, least(depth - k, 64), live);
+  // In the steps of backward: its scores then have the bits of those that the log-sum-exp is of, and its weights sum to one.
+  constexpr int kDepth = Shape<T>::kDepth;
+#pragma unroll 1
+  for (int k = 0; k < depth; k += kDepth)
+    multiply<NI, false, false, false>(products, unused, a + k, kRow, b + k, kRow, least(depth - k, kDepth), live);
 }
 
 // Two neighbours of a row as an operand of the tensor cores.
