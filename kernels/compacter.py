@@ -193,7 +193,8 @@ class _Backward:
         )  # fmt: skip
         compacter_bwd_factors_kernel[(self.rows.g * n,)](
             product, self.parameters[a], self.parameters[t], *grads, *strides, N=n, Q=q, C=c,
-            BLOCK_N=triton.next_power_of_2(n), BLOCK_C=triton.next_power_of_2(c), enable_fp_fusion=True,
+            BLOCK_N=triton.next_power_of_2(n), BLOCK_C=triton.next_power_of_2(c),
+            enable_fp_fusion=False,  # a product fused with a sum over lanes would round differently in each of them
         )  # fmt: skip
 
     def of_weights(self):

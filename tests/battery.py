@@ -99,10 +99,11 @@ def samples(spec, arguments, grad_y, unit, **options):
 def check(spec, backend, make, wanted=None, layout=lambda name, t: t, unit=None):
     """Output and gradients of the call that ``make`` draws the arguments of, against the rule of ``excess``.
 
-    The error of a few numbers is luck. What one draw shows must therefore still show when eight more are pooled with it.
+    The error of a few numbers is luck. What one draw shows must therefore show again in eight others, pooled: the largest error
+    of all nine would be that of the one.
     """
-    names = {}
     for draws in (1, 8):
+        names = {}
         for arguments in (make() for _ in range(draws)):
             y = spec.output(arguments)
             grad_y = torch.randn(y.shape, device=y.device).to(y.dtype)

@@ -65,7 +65,7 @@ def telling(spec):
 
 def shared(spec):
     """Cases of few operations, yet of enough for several threads."""
-    return [*spec.tiled, *(case for case in spec.bench if 5e6 < case.flops < 7e6)]
+    return [*spec.tiled, *(case for case in spec.bench if 5e6 < case.flops < 1.4e7)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

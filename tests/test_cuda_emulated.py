@@ -129,9 +129,10 @@ def test_no_access_out_of_bounds(emulate, op, case, dtype, device):
 
 
 @pytest.mark.slow
-@over(all_cases, torch.bfloat16)
+@over(lambda spec: [case for case in all_cases(spec) if case.name not in TELLING], torch.bfloat16)
 def test_no_race(emulate, op, case, dtype):
-    emulated_check(emulate(op, sanitized("thread", op), multiprocessors=8, schedules=2), make=lambda: case.make(dtype, "cpu"))
+    """In one schedule: what no barrier orders is reported in whatever order it comes. The telling cases have twenty below."""
+    emulated_check(emulate(op, sanitized("thread", op), multiprocessors=8), make=lambda: case.make(dtype, "cpu"))
 
 
 @pytest.mark.slow

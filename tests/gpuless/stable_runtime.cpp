@@ -212,6 +212,7 @@ AOTITorchError aoti_torch_get_dtype(AtenTensorHandle t, int32_t* out) {
   *out = t->dtype;
   return 0;
 }
+size_t aoti_torch_dtype_element_size(int32_t dtype) { return item_size(dtype); }
 AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t* out) {
   *out = settings().cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   return 0;

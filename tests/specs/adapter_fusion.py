@@ -132,10 +132,17 @@ def fuzz(draw, st):
     )  # fmt: skip
 
 
+def predicted(a, unit):
+    """Large scores err by so much in float32 that gradients through weights round to other numbers."""
+    scores = torch.einsum("...d,g...d->...g", a["query"].double(), a["keys"].double())
+    steep = scores.numel() and scores.abs().max() > 30
+    return ("y",) if steep else ("y", "query", "keys", "values")
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NUMERICS = Numerics(
     rounded=rounded,
-    predicted=lambda a, unit: ("y", "query", "keys", "values"),
+    predicted=predicted,
     exact=(),  # no exponential is
     rows=(),
     along={"keys": 1, "values": 1},
