@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,19 @@ ORDER = {"cuda": ("triton", "native"), "cpu": ("native",)}
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _on_one_device(fake: Callable, first: str) -> Callable:
+    """``fake``, which a call with one meta tensor among real ones would end up in."""
+
+    @functools.wraps(fake)
+    def checked(x, *args):
+        for t in args:
+            if isinstance(t, torch.Tensor) and t.device != x.device:
+                raise ValueError(f"all tensors must be on {x.device} like {first}, got one on {t.device}")
+        return fake(x, *args)
+
+    return checked
+
+
 class Leaf:
     """A schema and a fake kernel that every implementation of one leaf op shares.
 
@@ -23,6 +37,7 @@ class Leaf:
     """
 
     def __init__(self, name: str, schema: str, fake: Callable, unsupported: Callable = lambda backend, args: None):
+        fake = _on_one_device(fake, re.match(r"\(Tensor (\w+)", schema)[1])
         for op in (name, f"{name}_triton"):
             torch.library.define(f"fastadapt::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"fastadapt::{op}")(fake)

@@ -61,9 +61,6 @@ _ARGUMENTS = (
 
 
 def _fwd_fake(x, *args):
-    for t in args:
-        if isinstance(t, Tensor) and t.device != x.device:  # one meta tensor among real ones would otherwise end up here
-            raise ValueError(f"all tensors must be on {x.device} like x, got one on {t.device}")
     return x.new_empty(x.shape)
 
 
