@@ -102,7 +102,7 @@ MUTANTS = (
     ),
     Mutant(
         "backward: the prefix's part of grad_y * y with the own keys", "missing term", {native("gate"): GRAD.format("q")},
-        [(BACKWARD, "w.own.delta[g * p.t + l] -= gate * delta[l];", "")],
+        [(BACKWARD, "w.own.delta[g * p.t + l] -= gate * delta[l];", "w.own.delta[g * p.t + l] -= 0;")],
     ),
     Mutant(
         "backward: the first prefix of a bank for all", "wrong row of a bank",
