@@ -113,19 +113,22 @@ void pack_columns(const S* from, int64_t stride, int64_t step, int64_t n, int64_
 
 // --- products --------------------------------------------------------------------------------------------------------
 
+// Terms that are summed in one sequence: one over a whole row of a wide head would err more than PyTorch's.
+constexpr int64_t sum_block = 16;
+
 // c = a * b, or with `accumulate` c += a * b, for the whole vectors that hold n columns: a is (rows, k), b (k, n).
 template <class C>
 void product(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* b, int64_t ldb, bool accumulate, C* c,
              int64_t ldc) {
   constexpr int L = lanes<C>;
-  for (int64_t k0 = 0; k0 < k; k0 += inner_block, accumulate = true)
+  for (int64_t k0 = 0; k0 < k; k0 += sum_block, accumulate = true)
     for_panels<C>(n, [&](auto nv, int64_t j) FA_FORCED {
       constexpr int NV = decltype(nv)::value;
       for_row_tiles<NV>(rows, [&](auto mr, int64_t i) FA_FORCED {
         constexpr int MR = decltype(mr)::value;
         Vec<C> acc[MR][NV] = {};
         C* out = c + i * ldc + j;
-        multiply<C, MR, NV, false>(least(inner_block, k - k0), a + i * lda + k0, lda, b + k0 * ldb + j, ldb, acc);
+        multiply<C, MR, NV, false>(least(sum_block, k - k0), a + i * lda + k0, lda, b + k0 * ldb + j, ldb, acc);
 #pragma GCC unroll 16
         for (int t = 0; t < MR; ++t)
 #pragma GCC unroll 4
