@@ -140,7 +140,7 @@ MUTANTS = (
         [(FWD, "has_one && i < p.count", "i < p.count")],
     ),
     Mutant(
-        "mask of the place among the sorted rows", "mask off by one", {BANKED: ERROR.format("lora_a")},
+        "mask of the place among the sorted rows", "mask off by one", {SORTED: ERROR.format("lora_a")},
         [(BWD, "begin + i < span.end ? q.groups.row(begin + i) : 0", "begin + i < span.end ? begin + i : 0")],
     ),
     Mutant(
