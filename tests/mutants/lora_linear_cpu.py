@@ -81,7 +81,7 @@ MUTANTS = (
         [(ROWS, "parameter_at(p.diagonal, adapter, j,", "parameter_at(p.diagonal, 0, j,")],
     ),
     Mutant(
-        "a gradient of x where there is no adapter", "id -1 not honoured", {native("bank-with-everything"): "grad of x: (not finite|(l2|max) error)"},
+        "a gradient of x where there is no adapter", "id -1 not honoured", {BANK: "grad of x: (not finite|(l2|max) error)"},
         [(
             COLUMNS,
             "const int64_t r = s.adapter < 0 ? 0 : p.r;\n      if (r) Base::read_factor",
