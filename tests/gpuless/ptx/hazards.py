@@ -6,13 +6,15 @@ them between the same two barriers, and so on: whichever came first in this run.
 those who stored it either: layouts repeat values.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
 from .parser import Fault
 
-CELL = 4  # log2 of the bytes of a cell: no access is larger, or crosses its border
+GROUPS = 1 << 32  # more than there are of warps
+LARGEST = 4  # log2 of the bytes of the largest access
 
 
 class Access(NamedTuple):
@@ -26,9 +28,30 @@ class Access(NamedTuple):
         values = None if self.values is None else self.values[chosen]
         return self._replace(addresses=self.addresses[chosen], lanes=self.lanes[chosen], values=values)
 
-    def each_byte(self):
-        """Addresses of the single bytes, and their lanes."""
-        return (self.addresses[:, None] + np.arange(self.bytes)).ravel(), np.repeat(self.lanes, self.bytes)
+    def cells(self, cell=0):
+        """Numbers of the cells of ``2**cell`` bytes that are touched, and their lanes; no access crosses its natural border."""
+        first, count = self.addresses >> cell, self.bytes >> cell
+        if count <= 1:
+            return first, self.lanes
+        return (first[:, None] + np.arange(count)).ravel(), np.repeat(self.lanes, count)
+
+
+def joined(accesses, cell=0):
+    return (np.concatenate(parts) for parts in zip(*(a.cells(cell) for a in accesses)))
+
+
+@functools.cache
+def owners(size):
+    """Who stored to each cell, for the duration of one check: zeros before and behind it."""
+    return np.zeros(size, np.int32)
+
+
+def among(lanes):
+    """A function that says which of some lanes are among ``lanes``."""
+    first, last = int(lanes.min()), int(lanes.max())
+    known = np.zeros(last - first + 2, bool)  # the last entry, also that at -1, stands for all others
+    known[lanes - first] = True
+    return lambda some: known[np.clip(some - first, -1, last - first + 1)]
 
 
 def split(accesses, chosen):
@@ -49,7 +72,7 @@ class Hazards:
         self.landings = []  # (copy, how many lanes, number of the barriers before it landed)
         self.useful_fences = set()  # numbers of those that made a store, or a register, visible
         self.barriers = 0
-        self.owner = np.zeros(len(memory.data) >> CELL, np.int32)
+        self.owner = owners(len(memory.data))
         self.in_warps, self.in_blocks, self.in_launch = [], [], []
 
     def note(self, addresses, size, lanes, values, text, asynchronous=False):
@@ -66,7 +89,7 @@ class Hazards:
         """The lanes of whole warps (None: of all) have met at instruction ``number`` (None: at the end)."""
         met, self.in_warps = self.in_warps, []
         if lanes is not None:
-            met, self.in_warps = split(met, lambda some: np.isin(some, lanes))
+            met, self.in_warps = split(met, among(lanes))
         self.check_lanes(met)
         if self.trace is not None:
             self.trace.append(("warp", number, lanes, met))
@@ -77,7 +100,7 @@ class Hazards:
         self.barriers += 1
         met, self.in_blocks = self.in_blocks, []
         if lanes is not None:
-            met, self.in_blocks = split(met, lambda some: np.isin(some, lanes))
+            met, self.in_blocks = split(met, among(lanes))
         self.check(met, 32, "warps", "with no barrier between")
         if self.trace is not None:
             self.trace.append(("block", number, lanes, met))
@@ -91,36 +114,46 @@ class Hazards:
         self.check(accesses, self.threads, "blocks", "in one launch")
 
     def check(self, accesses, lanes_of_an_agent, who, when):
-        """Look at cells first, which is fast, and at the bytes of those that two agents share."""
-        loads, stores = loads_and_stores(accesses)
-        if not stores:
-            return
-        cells = lambda some: np.concatenate([a.addresses >> CELL for a in some])  # noqa: E731
-        agents = lambda some: np.concatenate([a.lanes for a in some]) // lanes_of_an_agent + 1  # noqa: E731
-        stored, by = cells(stores), agents(stores)
-        self.owner[stored] = by
-        suspects = [stored[self.owner[stored] != by]]
-        if loads:
-            loaded = cells(loads)
-            owner = self.owner[loaded]
-            suspects.append(loaded[(owner != 0) & (owner != agents(loads))])
-        self.owner[stored] = 0
-        suspects = np.concatenate(suspects)
-        if suspects.size:
-            suspicious = [a.where(np.isin(a.addresses >> CELL, suspects)) for a in accesses]
-            self.check_bytes(suspicious, lambda address, lane: (address, lane // lanes_of_an_agent), who, when)
+        self.check_cells(accesses, LARGEST, lanes_of_an_agent, lambda lane: (0, lane // lanes_of_an_agent), who, when)
 
     def check_lanes(self, accesses):
         """The same between the lanes of each warp; what warps do to one another is left to ``check``."""
-        warps = 1 << 32  # more than there are
-        place_and_agent = lambda address, lane: (address * warps + lane // 32, lane % 32)  # noqa: E731
-        self.check_bytes(accesses, place_and_agent, "lanes of one warp", "with no barrier between")
+        if accesses:
+            cell = min(a.bytes for a in accesses).bit_length() - 1  # neighbours share larger ones
+            self.check_cells(accesses, cell, 1, lambda lane: divmod(lane, 32), "lanes of one warp", "with no barrier between")
 
-    def check_bytes(self, accesses, place_and_agent, who, when):
+    def check_cells(self, accesses, cell, lanes_of_an_agent, group_and_agent, who, when):
+        """Look at cells of ``2**cell`` bytes first, which is fast, and at the bytes of those that two agents share."""
         loads, stores = loads_and_stores(accesses)
         if not stores:
             return
-        addresses, lanes = (np.concatenate(parts) for parts in zip(*(a.each_byte() for a in stores)))
+        stored, lanes = joined(stores, cell)
+        by = lanes // lanes_of_an_agent + 1
+        self.owner[stored] = by
+        suspects = [stored[self.owner[stored] != by]]
+        if loads:
+            loaded, lanes = joined(loads, cell)
+            owner = self.owner[loaded]
+            suspects.append(loaded[(owner != 0) & (owner != lanes // lanes_of_an_agent + 1)])
+        self.owner[stored] = 0
+        suspects = np.concatenate(suspects)
+        if suspects.size:
+            self.owner[suspects] = 1
+            shared = [self.owner[a.cells(cell)[0]].reshape(len(a.lanes), -1).any(1) for a in accesses]
+            self.owner[suspects] = 0
+            self.check_bytes([a.where(hit) for a, hit in zip(accesses, shared) if hit.any()], group_and_agent, who, when)
+
+    def check_bytes(self, accesses, group_and_agent, who, when):
+        """Between the agents of each group of them."""
+        loads, stores = loads_and_stores(accesses)
+        if not stores:
+            return
+
+        def place_and_agent(address, lane):
+            group, agent = group_and_agent(lane)
+            return address * GROUPS + group, agent
+
+        addresses, lanes = joined(stores)
         places, agents = place_and_agent(addresses, lanes)
         values = np.concatenate([a.values.reshape(-1) for a in stores])
         place, number = np.unique(places, return_inverse=True)
@@ -132,7 +165,7 @@ class Hazards:
             self.report(addresses[wrong][0], stores, "store and store", who, when)
         more = set(zip(places[others].tolist(), agents[others].tolist()))  # who stored the same value as the owner
         for access in loads:
-            addresses, lanes = access.each_byte()
+            addresses, lanes = access.cells()
             places, agents = place_and_agent(addresses, lanes)
             at = np.minimum(np.searchsorted(place, places), len(place) - 1)
             wrong = (place[at] == places) & (owner[at] != agents)
@@ -146,7 +179,7 @@ class Hazards:
         """Numbers of the barriers with an access before and one behind that only they order."""
         needed, before = set(), {}
         for kind, number, lanes, accesses in self.trace:
-            size, of_an_agent = (32, 1) if kind == "warp" else (self.threads, 32)
+            size = 32 if kind == "warp" else self.threads
             # All have met where nobody is named: those without an access too.
             named = [a.lanes for a in accesses] if lanes is None else [lanes]
             known = {group for other, group in before if other == kind} if lanes is None else set()
@@ -157,7 +190,8 @@ class Hazards:
                 if last is None or last in needed:
                     continue
                 try:
-                    self.check_bytes([*earlier, *mine], lambda address, lane: (address, lane // of_an_agent), "", "")  # noqa: B023
+                    both = [*earlier, *mine]
+                    self.check_lanes(both) if kind == "warp" else self.check(both, 32, "", "")
                 except Fault:
                     needed.add(last)
         return needed

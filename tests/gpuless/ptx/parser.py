@@ -104,6 +104,8 @@ def bracketed(text: str, start: int, pair: str) -> int:
 
 def split(text: str) -> list[str]:
     """Split at the commas outside brackets."""
+    if "{" not in text and "[" not in text:
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth = [""], 0
     for character in text:
         depth += (character in "{[") - (character in "}]")
@@ -221,7 +223,8 @@ class Parser:
                 if not isinstance(register, Register) or register.bits != 1:
                     raise Refused(text)
                 instruction.guard = Negated(register) if guard[1] else register
-            self.instructions.append((instruction, [(part, list(self.scopes)) for part in split(operands)]))
+            scopes = list(self.scopes)
+            self.instructions.append((instruction, [(part, scopes) for part in split(operands)]))
 
     def declare(self, name, bits):
         numbered = re.fullmatch(r"(.*)<(\d+)>", name)
@@ -230,6 +233,9 @@ class Parser:
             self.widths.append(bits)
 
     def operand(self, text, scopes):
+        for scope in reversed(scopes):
+            if text in scope:
+                return scope[text]
         if text == DISCARD:
             return DISCARD
         if text.startswith("{") and text.endswith("}"):
@@ -241,9 +247,6 @@ class Parser:
             return Negated(self.operand(text[1:], scopes))
         if "|" in text:
             return Pair(*(self.operand(part.strip(), scopes) for part in text.split("|")))
-        for scope in reversed(scopes):
-            if text in scope:
-                return scope[text]
         if text in self.symbols:
             return self.symbols[text]
         if re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid", text):

@@ -1,6 +1,6 @@
 """Errors planted in a launch: what the simulator says without one of its barriers, waits or fences."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +31,11 @@ def contents(memory, buffers):
     return [memory.data[start : start + size].copy() for start, size, _ in buffers]
 
 
-def without_each(launch: Launch, blocks: int = 2) -> Iterator[Outcome]:
+def without_each(launch: Launch, shown: Container[int] = (), blocks: int = 2) -> Iterator[Outcome]:
     """Run the first blocks of each row of the grid, then again without each ordering instruction, from the same memory.
 
-    What the first run stored is left.
+    Not without those whose numbers are in ``shown``, nor those that this first run shows to order nothing. What it stored is
+    left.
     """
     memory, (x, y, z) = launch.memory, launch.grid
     launch = launch._replace(only=tuple(row * x + i for row in range(y * z) for i in range(min(x, blocks))))
@@ -45,10 +46,18 @@ def without_each(launch: Launch, blocks: int = 2) -> Iterator[Outcome]:
     for ins in load(launch.ptx, launch.name).kernel.instructions:
         number, opcode = ins.number, ".".join((ins.name, *ins.modifiers, ""))
         instruction = next((name for name in ORDERING if opcode.startswith(f"{name}.")), None)
-        if instruction is None:
+        if instruction is None or number in shown:
+            continue
+        idle = report = None
+        if instruction in BARRIERS and number not in crossed:
+            idle = "no byte is touched before and behind it by two threads, one of which stores"
+        if instruction in FENCES and number not in hazards.useful_fences:
+            idle = "nothing that follows was stored, or written to a register, since the fence before it"
+        reached = instruction not in BARRIERS or number in met
+        if idle:
+            yield Outcome(instruction, number, report, idle, reached)
             continue
         memory.restore(before)
-        idle = report = None
         try:
             changed = launch._replace(without=number).run()
             same = all(map(np.array_equal, clean, contents(memory, buffers)))
@@ -57,10 +66,5 @@ def without_each(launch: Launch, blocks: int = 2) -> Iterator[Outcome]:
                 idle = "every copy lands between the same barriers without it"
         except Fault as fault:
             report = str(fault)
-        if instruction in BARRIERS and number not in crossed:
-            idle = "no byte is touched before and behind it by two threads, one of which stores"
-        if instruction in FENCES and number not in hazards.useful_fences:
-            idle = "nothing that follows was stored, or written to a register, since the fence before it"
-        reached = instruction not in BARRIERS or number in met
         yield Outcome(instruction, number, report, idle, reached)
     memory.restore(after)
