@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .parser import Immediate
 from .values import (
     INTEGERS,
     TYPES,
@@ -222,6 +223,9 @@ def decode_shift(ins):
     write, a, n = writer(target, kind, ins), reader(value, kind, ins), reader(amount, "u32", ins)
     dtype, bits, left = TYPES[kind], bits_of(kind), ins.name == "shl"
     shift = np.left_shift if left else np.right_shift
+
+    if isinstance(amount, Immediate) and (fixed := n(None)) < bits:
+        return lambda state, mask: write(state, shift(a(state), dtype(fixed)), mask)
 
     def step(state, mask):
         values, by = a(state), n(state)

@@ -10,7 +10,7 @@ from .arithmetic import DECODERS
 from .hazards import Hazards
 from .memory import Copies, Memory
 from .parser import Fault, Kernel, Label, Refused, parse
-from .values import IN_FLIGHT, STORAGE, UNWRITTEN, Modifiers, operands, reader
+from .values import IN_FLIGHT, STORAGE, UNWRITTEN, Modifiers, operands, reader, spread
 
 LANES = 1 << 14  # at once
 WAITS, LEAVES = "waits", "leaves"  # ends of a block of code, beside branches
@@ -80,7 +80,7 @@ class Code:
         guard = reader(ins.guard, "pred", ins)
 
         def guarded(state, mask):
-            taken = np.broadcast_to(guard(state), state.shape)
+            taken = spread(guard(state), state.shape)
             if mask is not None:
                 taken = taken & mask
             if taken.all():
@@ -175,7 +175,7 @@ class State:
                     waiting |= mask  # lanes that went back to the head of a loop wait there for the others of their warp
             else:
                 target = end if finish is LEAVES else finish
-                taken = guard and np.broadcast_to(guard(self), self.shape)
+                taken = guard and spread(guard(self), self.shape)
             if mask is None and (taken is None or taken.all()):
                 together = target
             elif mask is None and not taken.any():

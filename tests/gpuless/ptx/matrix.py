@@ -11,7 +11,7 @@ from .arithmetic import instruction
 from .memory import places
 from .moves import whole_warps
 from .parser import Fault, Immediate, Refused, Vector
-from .values import IN_FLIGHT, Modifiers, address_reader, bf16_to_float, items, operands, reader, writer
+from .values import IN_FLIGHT, Modifiers, address_reader, bf16_to_float, items, operands, reader, spread, writer
 
 SHAPES = {"bf16": 16, "f16": 16, "tf32": 8}  # element -> depth of one product
 ROW = np.uint64(16)
@@ -72,7 +72,7 @@ def decode_mma(ins):
 
     def step(state, mask):
         whole_warps(mask, ins.text)
-        word = lambda read: np.broadcast_to(read(state), state.shape)  # noqa: E731
+        word = lambda read: spread(read(state), state.shape)  # noqa: E731
         product = np.matmul(left_fragments([word(r) for r in a], kind), right_fragments([word(r) for r in b], kind))
         sums = [part + read(state) for part, read in zip(product_registers(product), c)]
         for write, values in zip(writes, sums):

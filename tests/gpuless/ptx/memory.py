@@ -9,12 +9,24 @@ import numpy as np
 
 from .arithmetic import instruction
 from .parser import Fault
-from .values import TYPES, Modifiers, address_reader, bits_of, immediate_integer_operand, items, operands, reader, writer
+from .values import (
+    TYPES,
+    Modifiers,
+    address_reader,
+    bits_of,
+    immediate_integer_operand,
+    items,
+    operands,
+    reader,
+    spread,
+    writer,
+)
 
 OUTSIDE, COPYING, VALID = 0, 1, 0xFF  # the state of a byte; COPYING: a cp.async that nobody has waited for writes it
 GUARD = 1 << 16  # between buffers
 SHARED_GUARD = 1 << 12  # between the shared memories of blocks
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+ACCESSIBLE = {size: np.iinfo(word).max for size, word in WORDS.items()}  # the state of a word whose bytes are all VALID
 
 
 class Memory:
@@ -87,7 +99,7 @@ class Memory:
             if int(slots.max()) >= len(self.data) // size:
                 raise Fault(f"access to {self.describe(int(addresses.max()))}: {text}")
             state = self.state.view(WORDS[word]).reshape(-1, size // word)[slots]
-            if not (good := state == np.iinfo(WORDS[word]).max).all():
+            if not (good := state == ACCESSIBLE[word]).all():
                 wrong = int(addresses[~good.all(1)][0])
                 bytes_ = self.state[wrong : wrong + size]
                 why = "out of bounds" if (bytes_ == OUTSIDE).any() else "to memory that an unfinished cp.async writes"
@@ -173,7 +185,7 @@ def decode_store(ins):
         slots = state.memory.slots(addresses, size, ins.text)
         values = np.empty((len(addresses), count), storage)
         for i, value in enumerate(reads):
-            column = np.broadcast_to(value(state), state.shape)
+            column = spread(value(state), state.shape)
             values[:, i] = (column if lanes is None else column[lanes]).view(storage)
         state.note(addresses, size, lanes, values, ins.text)
         state.memory.store(slots, values)

@@ -44,6 +44,11 @@ class InFlight:
 UNWRITTEN, IN_FLIGHT = Unwritten(), InFlight()
 
 
+def spread(value, shape):
+    """One value a lane. np.broadcast_to takes as long as a product of all lanes."""
+    return value if value.shape == shape else np.broadcast_to(value, shape)
+
+
 def bits_of(kind: str) -> int:
     return WIDTHS.get(kind) or np.dtype(TYPES[kind]).itemsize * 8
 
