@@ -18,7 +18,6 @@ The interpreter of Triton 3.6 to 3.9 computes bfloat16 wrongly and is silent on 
 
 import contextlib
 import dataclasses
-import functools
 import math
 import random
 from types import SimpleNamespace
@@ -37,6 +36,7 @@ from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import strict_interpreter_arithmetic as arithmetic
+from . import strict_interpreter_language as language
 from . import strict_interpreter_memory, strict_interpreter_pins
 from .strict_interpreter_arithmetic import BFLOAT16, Handle
 from .strict_interpreter_memory import BoundsError, Memory, RaceError
@@ -167,29 +167,12 @@ def _install_launch():
             _state.records.append(Record(*record))
 
     def call(self, *args, **kwargs):
-        _state.patched = set()
+        language.begin_launch()
         with np.errstate(all="ignore"):  # a NaN or an infinity is no error
             return stock_call(self, *args, **kwargs)
 
     executor.__call__, executor._init_args_hst, executor._restore_args_dev = call, args_in, args_out
     _Builder.set_grid_idx = set_index
-
-
-def _install_language():
-    """The stock interpreter patches the language anew at every call of a device function, which takes half of its time."""
-    stock = interpreter._patch_lang
-
-    @functools.cache
-    def modules(fn):
-        return {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
-
-    def patch_lang(fn):
-        if modules(fn) <= _state.patched:
-            return interpreter._LangPatchScope()
-        _state.patched |= modules(fn)
-        return stock(fn)
-
-    interpreter._patch_lang = patch_lang
 
 
 class _InterpreterDriver(DriverBase):
@@ -311,5 +294,5 @@ def install() -> None:
     arithmetic.install()
     _install_memory()
     _install_launch()
-    _install_language()
+    language.install()
     triton.runtime.driver.set_active(_InterpreterDriver())

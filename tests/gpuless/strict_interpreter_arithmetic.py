@@ -31,10 +31,15 @@ def numpy_dtype(ty):
     return np.dtype(np.uint64) if ty.scalar.is_ptr() else _by_name(ty.scalar.name)
 
 
+@functools.cache
+def _limits(dtype):
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+
+
 def _fits(data, dtype, what):
     """Raise unless these exact integers can be represented in ``dtype``."""
-    limits = np.iinfo(dtype)
-    if data.size and (data.min() < limits.min or data.max() > limits.max):
+    least, largest = _limits(dtype)
+    if data.size and (data.min() < least or data.max() > largest):
         program = interpreter.interpreter_builder.grid_idx
         raise OverflowError(f"{dtype} overflow in {what} by program {program}: {data.min()} to {data.max()}")
 

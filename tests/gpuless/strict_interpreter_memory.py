@@ -70,6 +70,11 @@ class Argument:
         return ~inside | ((offsets + self.base) % width != 0)
 
 
+def _distinct(elements):
+    """Whether no element occurs twice. A tile in the order of memory needs no sorting."""
+    return (elements[1:] > elements[:-1]).all() or np.unique(elements).size == elements.size
+
+
 class Region:
     """Memory that one argument, or several overlapping ones, cover, and which program touched what of it."""
 
@@ -94,7 +99,7 @@ class Region:
                 self._raise_if((seen != 0) & (seen != program), elements, program, kind, f"another program's {other}")
         if kind == "load" and self.unseen:
             self._raise_if(np.isin(elements, np.concatenate(self.unseen)), elements, program, kind, "a store before a barrier")
-        if (kind == "store" or ordered) and np.unique(elements).size != elements.size:
+        if (kind == "store" or ordered) and not _distinct(elements):
             raise RaceError(f"{kind} by program {program - 1} writes an element of {self.name} from several lanes")
         if kind == "store":
             self.unseen.append(elements)
@@ -131,16 +136,16 @@ class Memory:
 
     def access(self, builder, pointers, mask, kind, ordered=False):
         """Check an access. Returns the real addresses of its lanes and which of them are enabled and have memory."""
-        shape = pointers.data.shape
-        addresses = pointers.data.ravel()
-        lanes = np.flatnonzero(np.broadcast_to(np.asarray(mask), shape))
+        shape, addresses, mask = pointers.data.shape, pointers.data.ravel(), np.asarray(mask)
+        lanes = np.flatnonzero(mask if mask.shape == shape else np.broadcast_to(mask, shape))
         real, backed = np.zeros(addresses.size, np.uint64), np.zeros(addresses.size, bool)
         width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         x, y, z = builder.grid_idx
         program = 1 + x + builder.grid_dim[0] * (y + builder.grid_dim[1] * z)
         owners = (addresses[lanes] >> np.uint64(_WINDOW)).astype(np.int64)
-        for owner in np.unique(owners):
-            here = lanes[owners == owner]
+        alone = owners.size and (owners == owners[0]).all()
+        for owner in owners[:1] if alone else np.unique(owners):
+            here = lanes if alone else lanes[owners == owner]
             if not 0 < owner <= len(self.arguments):
                 raise BoundsError(f"{kind} by program {builder.grid_idx} at {addresses[here[0]]:#x}, which is in no argument")
             argument = self.arguments[owner - 1]

@@ -51,6 +51,8 @@ PINS = {
     "triton.runtime.interpreter:_get_np_dtype": ("tt_dtype",),
     "triton.runtime.interpreter:_implicit_cvt": ("arg",),
     "triton.runtime.interpreter:_patch_lang": ("fn",),
+    "triton.runtime.interpreter:_patch_attr": ("obj name member builder scope",),
+    "triton.runtime.interpreter:interpreter_semantic": (),
     "triton.runtime.interpreter:_LangPatchScope.__init__": ("self",),
     "triton.runtime.interpreter:_patch_lang_core": ("lang scope",),
     "triton.runtime.interpreter:_patch_lang_tensor": ("tensor scope",),
@@ -62,6 +64,10 @@ PINS = {
     "triton.runtime.interpreter:interpreter_builder.options.debug": (),
     "triton.runtime.interpreter:interpreter_builder.options.sanitize_overflow": (),
     "triton.language.semantic:TritonSemantic.binary_op_sanitize_overflow_impl": ("self lhs rhs binary_op",),
+    "triton.language.semantic:TritonSemantic.broadcast_impl_value": ("self lhs rhs",),
+    "triton.language.core:block_type.__init__": ("self element_ty shape",),
+    "triton.language.core:block_type.to_ir": ("self builder",),
+    "triton.language.core:tensor.__init__": ("self handle type",),
     "triton.language.semantic:TritonSemantic.device_assert": ("self cond msg mask",),
     "triton.language.extra.libdevice:tanh": ("arg0",),
     "triton.language.extra.libdevice:erf": ("arg0",),
@@ -75,7 +81,10 @@ PINS = {
     "triton.runtime.autotuner:Autotuner.do_bench": (),
 }  # fmt: skip
 # What the strict interpreter adds; a Triton that has it already would have to be looked at.
-ABSENT = ("triton.runtime.interpreter:ASTTransformer.visit_For", "triton.runtime.interpreter:_strict_range")
+ABSENT = (
+    "triton.runtime.interpreter:ASTTransformer.visit_For", "triton.runtime.interpreter:_strict_range",
+    "triton.language.core:dtype.sizes", "triton.language.core:block_type.__getattr__",
+)  # fmt: skip
 _MISSING = object()
 
 
