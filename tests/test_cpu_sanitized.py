@@ -46,6 +46,19 @@ def sanitize(monkeypatch):
     return install
 
 
+def turns(cases, *names, **values):
+    """Parametrize a test over cases and tuples that end in a dtype. Telling cases meet all of them, and every case those of
+    AMX; what else there is another case meets in one dtype or the other."""
+    parameters = [
+        pytest.param(op, case, *value, id=f"{op}-{case.name}-{name}")
+        for op in OPS
+        for i, case in enumerate(cases(SPECS[op]))
+        for j, (value, name) in enumerate(zip(values["argvalues"], values["ids"]))
+        if case.name in TELLING or "amx" in value or (i + j + j // 2) % 2 == 1
+    ]
+    return pytest.mark.parametrize(["op", "case", *names], parameters)
+
+
 def over(cases):
     parameters = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in cases(SPECS[op])]
     return pytest.mark.parametrize("op, case", parameters)
@@ -80,13 +93,16 @@ EVERY = [(target, dtype) for target in TARGETS for dtype in DTYPES[:2] if target
 PAGES = (("undefined", USUAL, torch.float32), ("undefined", USUAL, torch.bfloat16), ("thread", "amx", torch.bfloat16))
 
 
+# Each layout in one dtype or the other.
+STRIDED = [(layout, *page) for i, layout in enumerate(LAYOUTS) for j, page in enumerate(PAGES) if j == 2 or (i + j) % 2]
+
+
 def named(values):
     return {"argvalues": values, "ids": ["-".join(str(v).removeprefix("torch.") for v in value) for value in values]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target, dtype", **named(EVERY))
-@over(all_cases)
+@turns(all_cases, "target", "dtype", **named(EVERY))
 def test_stays_in_bounds(sanitize, op, case, dtype, target):
     sanitize(op, "address", target, threads=2)(case, dtype)
 
@@ -99,15 +115,13 @@ def test_large_calls_stay_in_bounds(sanitize, op, case, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer, target, dtype", **named(PAGES))
-@over(all_cases)
+@turns(all_cases, "sanitizer", "target", "dtype", **named(PAGES))
 def test_stays_between_pages(sanitize, op, case, dtype, sanitizer, target):
     sanitize(op, sanitizer, target, threads=2, schedules=2)(case, dtype)  # two: either end of the memory is guarded
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer, target, dtype", **named(PAGES))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, sanitizer, target, dtype", **named(STRIDED))
 @over(lambda spec: [c for c in spec.cases if c.name in (*TELLING, "bank-of-sequences")])
 def test_any_strides_stay_between_pages(sanitize, op, case, dtype, layout, sanitizer, target):
     names = (*SPECS[op].activations, "grad_y")
