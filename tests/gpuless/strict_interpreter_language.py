@@ -13,7 +13,10 @@ _patched = set()  # modules of the language, by id, that the running launch has 
 def _install_types():
     """Blocks of one shape share it, and what Triton derives from it; ``sizes`` says of every type which one that is."""
     stock_block, stock_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
-    stock_broadcast = TritonSemantic.broadcast_impl_value
+    stock_broadcast, stock_equal, stock_unwrap = (
+        TritonSemantic.broadcast_impl_value, tl.core.dtype.__eq__, tl.core._unwrap_if_constexpr
+    )  # fmt: skip
+    plain = {int, float, bool, str, type(None), tl.core.dtype, tl.core.block_type, tl.core.pointer_type, tl.core.tensor}
     known, blocks, tensors = {}, {}, {}  # id of a shape in ``blocks`` -> sizes; sizes -> what else a type, or a tensor, has
 
     def block(self, element_ty, shape):
@@ -21,8 +24,9 @@ def _install_types():
             sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
         if (kept := blocks.get(sizes)) is None or {*map(type, sizes)} != {int}:
             stock_block(self, element_ty, shape)
-            kept = blocks[sizes] = {n: v for n, v in vars(self).items() if n not in ("element_ty", "name")} | {"sizes": sizes}
-            known[id(self.shape)] = sizes
+            kept = {n: v for n, v in vars(self).items() if n not in ("element_ty", "name")} | {"sizes": sizes}
+            kept = blocks.setdefault(sizes, kept)
+            known[id(kept["shape"])] = sizes
         self.__dict__.update(kept, element_ty=element_ty)
 
     def name(self, attribute):
@@ -37,10 +41,28 @@ def _install_types():
         else:
             self.__dict__.update(kept, handle=handle, type=type, dtype=type.scalar)
 
-    def broadcast(self, left, right):
-        return (left, right) if left.type.sizes == right.type.sizes else stock_broadcast(self, left, right)
+    def spread(self, value, sizes):
+        if value.type.sizes == sizes:
+            return value
+        ty = tl.block_type(value.type.scalar, [*sizes])
+        if value.type.sizes:
+            return self.make_tensor(self.builder.create_broadcast(value.handle, sizes), ty)
+        return self.make_tensor(self.builder.create_splat(ty, value.handle), ty)
 
-    tl.core.dtype.sizes = ()
+    def broadcast(self, left, right):
+        a, b = left.type.sizes, right.type.sizes
+        if a and b and (len(a) != len(b) or any(m != n and m != 1 != n for m, n in zip(a, b))):
+            return stock_broadcast(self, left, right)
+        sizes = a if a == b or not b else b if not a else tuple([n if m == 1 else m for m, n in zip(a, b)])
+        return spread(self, left, sizes), spread(self, right, sizes)
+
+    def equal(self, other):
+        return self is other or stock_equal(self, other)
+
+    def unwrap(value):
+        return value if type(value) in plain else stock_unwrap(value)
+
+    tl.core.dtype.sizes, tl.core.dtype.__eq__, tl.core._unwrap_if_constexpr = (), equal, unwrap
     tl.core.block_type.__init__, tl.core.block_type.__getattr__, tl.core.tensor.__init__ = block, name, tensor
     tl.core.block_type.to_ir = lambda self, builder: self  # the interpreter's builder makes an equal one
     TritonSemantic.broadcast_impl_value = broadcast

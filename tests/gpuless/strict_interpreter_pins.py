@@ -68,6 +68,8 @@ PINS = {
     "triton.language.core:block_type.__init__": ("self element_ty shape",),
     "triton.language.core:block_type.to_ir": ("self builder",),
     "triton.language.core:tensor.__init__": ("self handle type",),
+    "triton.language.core:dtype.__eq__": ("self other",),
+    "triton.language.core:_unwrap_if_constexpr": ("o",),
     "triton.language.semantic:TritonSemantic.device_assert": ("self cond msg mask",),
     "triton.language.extra.libdevice:tanh": ("arg0",),
     "triton.language.extra.libdevice:erf": ("arg0",),
