@@ -246,23 +246,22 @@ struct Pass {
     const Rows out{p.grads[grad_x], p.d};
     for_blocks(segment, [&](int64_t begin, int64_t n) {
       Block<const C*> x, grad_y;
+      Block<C*> grad;
+      if (p.wants[grad_x]) output_block(p, out, shape(p), begin, n, s.x, grad);
       if (has_middle) load_block(p, p.x, shape(p), begin, n, s.x, x);
       if (reads_y) load_block(p, p.grad_y, shape(p), begin, n, s.other, grad_y);
       if (has_middle) {
         project(x, n, shape(p), w.s, ranks(p), s.z);
-        project(grad_y, n, shape(p), w.t, ranks(p), s.grad_h);
+        project(grad_y, n, shape(p), w.t, ranks(p), s.grad_h, p.wants[grad_x] ? &grad : nullptr);
         middle_backward(p, w, n, s, sums);
       }
-      Block<C*> grad;
       if (fused) {
-        output_block(p, out, shape(p), begin, n, s.x, grad);
         expand_and_sum(x, grad_y, n, shape(p), s.z, s.h, w.s, p.add_x, sums.s, sums.t, sums.up_bias, grad);
         return save_block(p, out, shape(p), begin, n, s.x);
       }
       if (adapts && (sums.t || sums.up_bias)) add_sums(grad_y, n, shape(p), s.h, ranks(p), sums.t, sums.up_bias);
       if (adapts && sums.s) add_sums<C>(x, n, shape(p), s.z, ranks(p), sums.s, nullptr);
       if (!p.wants[grad_x]) return;
-      output_block(p, out, shape(p), begin, n, s.x, grad);
       expand<C>(n, shape(p), s.z, adapts ? ranks(p) : 0, w.s, nullptr, p.add_x ? &grad_y : nullptr, grad);
       save_block(p, out, shape(p), begin, n, s.x);
     });

@@ -20,9 +20,11 @@ FA_INLINE void for_vectors(int64_t width, F&& f) {
   for (; j < width; j += lanes<C>) f(RowCount<1>{}, j);
 }
 
-// z[chunk][rank][token] = the sum over columns of x[token][chunk][column] * f[rank][column].
+// z[chunk][rank][token] = the sum over columns of x[token][chunk][column] * f[rank][column]. Meanwhile the cache fetches
+// `output`, unless null: rows of that shape that a later product writes a few columns at a time, each of which would wait.
 template <class C>
-void project(const Block<const C*>& x, int64_t n, const Shape& s, const Matrix<C>& f, int64_t ranks, C* z) {
+void project(const Block<const C*>& x, int64_t n, const Shape& s, const Matrix<C>& f, int64_t ranks, C* z,
+             const Block<C*>* output = nullptr) {
   constexpr int L = lanes<C>, N = project_rows_at_once<C>, K = rank_tile;
   // Lanes without a token are computed along: what memory holds by chance may be subnormal, which is slow.
   if (n < block_rows) memset(z, 0, s.chunks * ranks * block_rows * sizeof(C));
@@ -32,11 +34,15 @@ void project(const Block<const C*>& x, int64_t n, const Shape& s, const Matrix<C
         const C *row[N], *factor = f.data + u * f.ld;
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) row[i] = x.rows[t + i] + c * x.chunk;
+        const bool fetches = output && u == 0 && t + N <= n;
         Vec<C> acc[K * N] = {};
         for (int64_t j = 0; j < s.width; j += L) {
           Vec<C> v[N];
 #pragma GCC unroll 4
-          for (int i = 0; i < N; ++i) v[i] = load<C>(row[i] + j);
+          for (int i = 0; i < N; ++i) {
+            v[i] = load<C>(row[i] + j);
+            if (fetches) __builtin_prefetch(output->rows[t + i] + c * output->chunk + j, 1);
+          }
 #pragma GCC unroll 4
           for (int k = 0; k < K; ++k) {
             Vec<C> w = load<C>(factor + k * f.ld + j);
