@@ -108,6 +108,13 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def record(function: type[torch.autograd.Function], *args):
+    """``function.apply(*args)``, past its Python: that serves torch.func transforms, inside which no kernel is chosen."""
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def differentiable_once(backward: Callable) -> Callable:
     """Let a second differentiation of an autograd.Function raise.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._leaf import Leaf, differentiable_once, needs_grad
+from .._leaf import Leaf, differentiable_once, needs_grad, record
 from .lora_linear import autocasts
 
 
@@ -167,7 +167,7 @@ def adapter_fusion(
     query, keys, values, scale, scale_value = args
     try:
         if needs_grad(query, keys, values, scale):
-            y, weights = AdapterFusion.apply((name, scale_value), query, keys, values, scale)
+            y, weights = record(AdapterFusion, (name, scale_value), query, keys, values, scale)
         else:
             y, weights = getattr(_fwd, name)(*args)
     except Exception:

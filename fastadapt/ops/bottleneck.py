@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check as check
-from .._leaf import Leaf, differentiable_once, needs_grad
+from .._leaf import Leaf, differentiable_once, needs_grad, record
 
 # The position is the code that the kernels receive.
 ACTIVATIONS = {
@@ -105,9 +105,9 @@ class Bottleneck(torch.autograd.Function):
     def of(cls, backend, x, down_weight, up_weight, down_bias, up_bias, residual, add_x, scale, scale_value, activation,
            norm_weight, norm_bias, norm_eps, skip_weight, hidden_skip_weight, adapter_ids):  # fmt: skip
         """``apply`` for the arguments of the forward leaf. An argument costs it time: what isn't a tensor goes as one."""
-        return cls.apply(
-            (backend, add_x, scale_value, activation, norm_eps), x, down_weight, up_weight, down_bias, up_bias, residual, scale,
-            norm_weight, norm_bias, skip_weight, hidden_skip_weight, adapter_ids,
+        return record(
+            cls, (backend, add_x, scale_value, activation, norm_eps), x, down_weight, up_weight, down_bias, up_bias, residual,
+            scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight, adapter_ids,
         )  # fmt: skip
 
     @staticmethod

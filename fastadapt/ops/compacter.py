@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._leaf import Leaf, differentiable_once, needs_grad
+from .._leaf import Leaf, differentiable_once, needs_grad, record
 from .bottleneck import _CODES, ACTIVATIONS
 
 SHARED_FLOATS = 24 * 1024  # in the shared memory of the smallest GPUs
@@ -264,7 +264,7 @@ def compacter(
     try:
         if needs_grad(*args[:10], args[11]):
             x, *factors, add_x, scale, scale_value, code, adapter_ids = args
-            return Compacter.apply((name, add_x, scale_value, code), x, *factors, scale, adapter_ids)
+            return record(Compacter, (name, add_x, scale_value, code), x, *factors, scale, adapter_ids)
         return getattr(_fwd, name)(*args)
     except Exception:
         # The kernel has refused the call. Checking only now keeps small calls fast; if an argument is to blame, say which.

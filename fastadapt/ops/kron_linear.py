@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._leaf import Leaf, differentiable_once, needs_grad
+from .._leaf import Leaf, differentiable_once, needs_grad, record
 from .compacter import SHARED_FLOATS, kron_sum, product
 
 
@@ -233,7 +233,7 @@ def kron_linear(
         return _products(*args)
     try:
         if needs_grad(*args[:6]):
-            return KronLinear.apply(name, args[6], *args[:6])
+            return record(KronLinear, name, args[6], *args[:6])
         return getattr(_fwd, name)(*args)
     except Exception:
         # The kernel has refused the call. Checking only now keeps small calls fast; if an argument is to blame, say which.

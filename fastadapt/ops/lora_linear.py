@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dense import dense, is_packed
-from .._leaf import Leaf, differentiable_once, needs_grad
+from .._leaf import Leaf, differentiable_once, needs_grad, record
 from . import dropout
 
 
@@ -333,7 +333,7 @@ def lora_linear(
     *tensors, scale_value, dropout_p, seed, _ = args
     try:
         if needs_grad(*tensors):
-            y = LoRALinear.apply((name, scale_value, dropout_p, packed), *tensors, seed, adapter_ids)
+            y = record(LoRALinear, (name, scale_value, dropout_p, packed), *tensors, seed, adapter_ids)
         else:
             y = getattr(_fwd, name)(*args, False)[0]
         return y if lora_bias is None or adapter_ids is None else _add_lora_bias(y, lora_bias, given[5], adapter_ids)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _check as check
-from .._leaf import Leaf, differentiable_once, needs_grad
+from .._leaf import Leaf, differentiable_once, needs_grad, record
 from . import dropout
 from .lora_linear import autocasts
 
@@ -307,7 +307,7 @@ def prefix_attention(
     constants = name, is_causal, scale, dropout_p
     try:
         if needs_grad(*args[:6]):
-            return PrefixAttention.apply(constants, *tensors, key_lengths, attn_mask, seed, adapter_ids)
+            return record(PrefixAttention, constants, *tensors, key_lengths, attn_mask, seed, adapter_ids)
         return getattr(_fwd, name)(*args, False)[0]
     except Exception:
         _check(*given, values=True)  # the kernel has refused the call; if lengths or ids are to blame, say which
