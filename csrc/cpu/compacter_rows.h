@@ -160,14 +160,14 @@ struct Pass {
     for_blocks(segment, [&](int64_t begin, int64_t n) {
       Block<const C*> x, residual;
       Block<C*> y;
+      output_block(p, out, shape(p), begin, n, saved, y);
       load_block(p, p.x, shape(p), begin, n, s.x, x);
       if (p.residual.data) load_block(p, p.residual, shape(p), begin, n, s.other, residual);
       if (adapts) {
-        project(x, n, shape(p), w.s, ranks(p), s.z);
+        project(x, n, shape(p), w.s, ranks(p), s.z, &y);
         hidden<false>(p, w, n, s);
         raise(p, w, n, s);
       }
-      output_block(p, out, shape(p), begin, n, saved, y);
       expand(n, shape(p), s.h, adapts ? ranks(p) : 0, w.t, adapts ? w.up_bias : nullptr,
              adds ? p.add_x ? &x : &residual : nullptr, y);
       save_block(p, out, shape(p), begin, n, saved);

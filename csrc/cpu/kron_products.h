@@ -21,7 +21,7 @@ FA_INLINE void for_vectors(int64_t width, F&& f) {
 }
 
 // z[chunk][rank][token] = the sum over columns of x[token][chunk][column] * f[rank][column]. Meanwhile the cache fetches
-// `output`, unless null: rows of that shape that a later product writes a few columns at a time, each of which would wait.
+// `output`, unless null: rows of that shape that a later product writes, a few columns of several at a time, and waits for.
 template <class C>
 void project(const Block<const C*>& x, int64_t n, const Shape& s, const Matrix<C>& f, int64_t ranks, C* z,
              const Block<C*>* output = nullptr) {
