@@ -11,9 +11,11 @@
 #if defined(USE_AVX512)
 #include <immintrin.h>
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#define FA_SET_tested 512
 #elif defined(USE_AVX2)
 #include <immintrin.h>
 #pragma GCC target("avx2,fma,f16c")
+#define FA_SET_tested 2
 #endif
 #define FA_TARGET tested
 #include "../csrc/cpu/narrow.h"

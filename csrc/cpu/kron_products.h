@@ -46,7 +46,7 @@ void project(const Block<const C*>& x, int64_t n, const Shape& s, const Matrix<C
 #pragma GCC unroll 4
           for (int k = 0; k < K; ++k) {
             Vec<C> w = load<C>(factor + k * f.ld + j);
-#if defined(__AVX512F__)
+#if defined(FA_AVX512)
             asm("" : "+x"(w));  // keeps it in a register: as an operand in memory it would be loaded for every row
 #endif
 #pragma GCC unroll 4

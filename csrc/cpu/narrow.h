@@ -62,7 +62,7 @@ void gemm_narrow(int64_t rows, int64_t k, const C* a, int64_t lda, const C* pack
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j, b += L) {
         Vec<C> w = load<C>(b);
-#if defined(__AVX512F__)
+#if defined(FA_AVX512)
         asm("" : "+x"(w));  // keeps it in a register: as an operand in memory it would be loaded for every row
 #endif
 #pragma GCC unroll 4

@@ -18,9 +18,9 @@ constexpr int64_t drawn_columns = 4 * FA_LANES;
 
 // The product of the lower halves.
 FA_INLINE Words product(Words a, uint32_t b) {
-#if defined(__AVX512F__) && FA_LANES == 16
+#if defined(FA_AVX512)
   return bit_cast<Words>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
-#elif defined(__AVX2__) && FA_LANES == 8
+#elif defined(FA_AVX2)
   return bit_cast<Words>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 #else
   return (a & 0xFFFFFFFFu) * b;

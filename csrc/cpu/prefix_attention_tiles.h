@@ -42,9 +42,9 @@ FA_INLINE VD power_of_2(VD x) {
 // Whether a comparison holds in any lane.
 template <class I>
 FA_INLINE bool any(I compared) {
-#if defined(__AVX512F__) && FA_LANES == 16
+#if defined(FA_AVX512)
   return _mm512_movepi32_mask(bit_cast<__m512i>(compared));
-#elif defined(__AVX2__) && FA_LANES == 8
+#elif defined(FA_AVX2)
   return _mm256_movemask_epi8(bit_cast<__m256i>(compared));
 #else
   uint64_t words[sizeof(I) / 8], all = 0;

@@ -6,6 +6,18 @@
 #include <immintrin.h>
 #endif
 
+// The instruction set whose intrinsics fit the lanes: that of the command line, or of the unit's own pragma, for which g++ before
+// version 13 defines no macro.
+#define FA_SET_avx2 2
+#define FA_SET_avx512 512
+#define FA_JOIN(a, b) a##b
+#define FA_SET(target) FA_JOIN(FA_SET_, target)
+#if FA_LANES == 16 && (defined(__AVX512F__) || FA_SET(FA_TARGET) == 512)
+#define FA_AVX512 1
+#elif FA_LANES == 8 && ((defined(__AVX2__) && defined(__F16C__)) || FA_SET(FA_TARGET) == 2)
+#define FA_AVX2 1
+#endif
+
 namespace fastadapt::FA_TARGET {
 
 template <class C>
@@ -62,12 +74,12 @@ FA_INLINE HF narrow_bfloat16(VF v) {
   return __builtin_convertvector(u >> 16, HF);
 }
 
-#if defined(__AVX512F__) && FA_LANES == 16
+#if defined(FA_AVX512)
 FA_INLINE VF widen(const Half* p) {
   return bit_cast<VF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 FA_INLINE HF narrow_half(VF v) { return bit_cast<HF>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT)); }
-#elif defined(__F16C__) && FA_LANES == 8
+#elif defined(FA_AVX2)
 FA_INLINE VF widen(const Half* p) {
   return bit_cast<VF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
