@@ -67,13 +67,18 @@ FA_INLINE void pack_vector(const Source<C, S>& b, int64_t j, int64_t k0, int64_t
   auto finish = [&](int64_t i, Vec<C> v) { store(out + i * width, b.k_factor ? v * factor * b.k_factor[i] : v * factor); };
   int64_t i = k0;
   if (b.k_stride == 1) {
-    for (; i + L <= k1; i += L) {
+    const S* const end = b.data + (b.n - 1) * b.n_stride + b.k;
+    for (; i < k1; i += L) {
       Vec<C> v[L];
 #pragma GCC unroll 16
-      for (int t = 0; t < L; ++t) v[t] = t < count ? load<C>(column + t * b.n_stride + i) : Vec<C>{};
+      for (int t = 0; t < L; ++t) {
+        const S* from = column + t * b.n_stride + i;  // beyond k1 lie elements of the next column, which are not stored
+        v[t] = t >= count ? Vec<C>{} : end - from >= L ? load<C>(from) : load_some<C>(from, end - from);
+      }
       transpose<C>(v);
 #pragma GCC unroll 16
-      for (int t = 0; t < L; ++t) finish(i + t, v[t]);
+      for (int t = 0; t < L; ++t)
+        if (i + t < k1) finish(i + t, v[t]);
     }
   } else if (b.n_stride == 1 && count == L) {
     for (; i < k1; ++i) finish(i, load<C>(column + i * b.k_stride));
@@ -235,12 +240,12 @@ __attribute__((noinline)) void multiply_long(int64_t k, const C* a, int64_t lda,
   }
 }
 
-// Packed right operands up to this size stay in the first-level cache beside the rows.
-constexpr int64_t resident_bytes = 32 << 10;
+// Packed right operands up to this size stay in the first-level cache beside the rows, and up to the other one in the second.
+constexpr int64_t resident_bytes = 32 << 10, streamed_bytes = 256 << 10;
 
 // a * b + start, handed tile by tile to the epilogue, which adds what it likes and stores: epilogue(row, column, acc[MR][NV]).
-// `start` has panel_width more elements than n. A small b stays in cache while the rows pass, which reads and writes them in
-// sequence; of a large b one panel at a time stays.
+// `start` has panel_width more elements than n. A small b passes for every few rows, which reads and writes them in sequence: its
+// panels come from the second-level cache faster than scattered parts of rows; of a large b one panel at a time stays.
 template <class C, class Epilogue>
 void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
                    const Epilogue& epilogue) {
@@ -261,7 +266,7 @@ void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, 
     if (!is_long) multiply<C, MR, NV, false>(k, row, lda, b, NV * L, acc);
     epilogue(i, j, acc);
   };
-  if (packed_size<C>(k, n) * static_cast<int64_t>(sizeof(C)) <= resident_bytes) {
+  if (packed_size<C>(k, n) * static_cast<int64_t>(sizeof(C)) <= streamed_bytes) {
     constexpr int64_t step = tile_rows<max_vectors>;
     for (int64_t i = 0; i < rows; i += step)
       for_panels<C>(n, [&](auto nv, int64_t j) FA_FORCED {

@@ -45,8 +45,8 @@ MUTANTS = (
         "whole vectors read at the tail of a weight", "load out of bounds", {ADDRESSES: "heap-buffer-overflow"},
         [(
             GEMM,
-            "v[t] = t < count ? load<C>(column + t * b.n_stride + i) : Vec<C>{};",
-            "v[t] = load<C>(column + t * b.n_stride + i);",
+            "v[t] = t >= count ? Vec<C>{} : end - from >= L ? load<C>(from) : load_some<C>(from, end - from);",
+            "v[t] = load<C>(from);",
         )],
     ),
     Mutant(
@@ -54,9 +54,9 @@ MUTANTS = (
         [(ROWS, "  if (count >= lanes<C>)\n    store(row + j, v);", "  if (count > 0)\n    store(row + j, v);")],
     ),
     Mutant(
-        "a vector past the depth of a panel", "mask off by one",
+        "a vector past the depth of a weight", "mask off by one",
         {DEPTH: "AddressSanitizer: (heap-buffer-overflow|unknown-crash)"},
-        [(GEMM, "for (; i + L <= k1; i += L) {", "for (; i + L <= k1 + 1; i += L) {")],
+        [(GEMM, "b.data + (b.n - 1) * b.n_stride + b.k;", "b.data + (b.n - 1) * b.n_stride + b.k + 1;")],
     ),
     Mutant(
         "rows numbered in 32 bits", "32-bit offset", {FAR: "Segmentation fault"},
