@@ -90,6 +90,7 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
     ours, theirs = runs.get("fastadapt"), runs["plain"]
     both = ours is not None
     accuracy = (ours or theirs).accuracy(test)
+    theirs.model.eval()
     bare = adapt.build(encoder, "head").to(args.device)
     return report.Row(
         method, *adapt.count(theirs.model),
@@ -101,6 +102,7 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
         plain_peak=peaks["plain"],
         speed_up=measure.speed_up(ours, theirs) if both else None,
         inference=measure.overhead((ours or theirs).model, bare, longest) if chosen.attach or chosen.around else None,
+        inference_speed_up=1 + measure.overhead(theirs.model, ours.model, longest) if both else None,
     )  # fmt: skip
 
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 MIB = 2**20
 HEADER = (
-    f"{'':10}{'trainable':>22}{'test':>10}{'loss':>10}{'ms a step':>20}{'peak MiB':>20}{'speed-':>9}{'infer-':>9}\n"
+    f"{'':10}{'trainable':>22}{'test':>10}{'loss':>10}{'ms a step':>20}{'peak MiB':>20}{'speed-':>9}{'infer-':>9}{'its':>9}\n"
     f"{'method':10}{'parameters':>12}{'share':>10}{'accuracy':>10}{'diff.':>10}"
-    f"{'fastadapt':>12}{'plain':>8}{'fastadapt':>12}{'plain':>8}{'up':>9}{'ence':>9}"
+    f"{'fastadapt':>12}{'plain':>8}{'fastadapt':>12}{'plain':>8}{'up':>9}{'ence':>9}{'speed-up':>9}"
 )
 LEGEND = """\
 plain       the same method as plain PyTorch modules; LoRA, DoRA, prefixes and prompts of peft; with --peft all of a model
@@ -20,7 +20,8 @@ ms a step   median of forward, backward and AdamW; the two runs take turns on ev
 peak MiB    most that a step's activations, gradients, temporaries and AdamW moments hold together, weights left out,
             on the longest batch, counted at PyTorch's allocator
 speed-up    median over the batches of plain / fastadapt on the same batch; methods without a kernel have one run
-inference   time of a batch with the adapters over the bare encoder's, less one"""
+inference   time of a batch with the adapters over the bare encoder's, less one
+its speed-up plain / fastadapt on such a batch, medians of turns"""
 
 
 class Row(NamedTuple):
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     plain_peak: float
     speed_up: float | None
     inference: float | None = None
+    inference_speed_up: float | None = None
 
 
 def line(row: Row) -> str:
@@ -47,7 +49,7 @@ def line(row: Row) -> str:
         f"{row.method:10}{row.trainable:>12,}{row.trainable / row.parameters:>10.3%}{row.accuracy:>10.1%}"
         f"{cell(row.loss_difference, 10, '.1e')}{cell(row.ms, 12, '.1f')}{row.plain_ms:>8.1f}"
         f"{cell(row.peak and row.peak / MIB, 12, '.1f')}{row.plain_peak / MIB:>8.1f}{cell(row.speed_up, 9, '.3f')}"
-        f"{cell(row.inference, 9, '+.1%')}"
+        f"{cell(row.inference, 9, '+.1%')}{cell(row.inference_speed_up, 9, '.3f')}"
     )
 
 
