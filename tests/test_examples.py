@@ -308,7 +308,8 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     assert list(rows) == list(adapt.METHODS)
     assert rows["full"][4] == rows["head"][-1] == "-"
     allowed = {name: 5e-2 if adapt.METHODS[name].random else 1e-3 for name in ADAPTERS}
-    assert all(float(rows[name][4]) <= allowed[name] and float(rows[name][-2]) > 0 for name in ADAPTERS)
+    assert all(float(rows[name][4]) <= allowed[name] for name in ADAPTERS)
+    assert all(float(rows[name][column]) > 0 for name in ADAPTERS for column in (-3, -1))  # both speed-ups
     record = json.loads(results.read_text())
     assert [row["method"] for row in record["methods"]] == list(rows)
     assert [row["method"] for row in record["tasks"]] == ["separate", "bank", "hyper", "fusion"]
