@@ -270,11 +270,3 @@ struct Columns : Reduce<T, W> {
 };
 
 }  // namespace fastadapt::FA_TARGET::bottleneck
-
-namespace fastadapt::bottleneck::FA_TARGET {
-
-Kernel kernel(Dtype dtype, Dtype weight_dtype) {
-  return fastadapt::FA_TARGET::kernel_of<fastadapt::FA_TARGET::bottleneck::Columns>(dtype, weight_dtype);
-}
-
-}  // namespace fastadapt::bottleneck::FA_TARGET

@@ -4,4 +4,4 @@
 #endif
 #define FA_TARGET portable
 #define FA_LANES 8
-#include "bottleneck_columns.h"
+#include "bottleneck_kernels.h"
