@@ -18,14 +18,18 @@ MARKS := not slow
 # Targets that begin with test- expect that all is set up.
 .PHONY: demo test $(PROCESSES) verify mutants lint bench gpu budgets clean
 
-demo: $(VENV)/.demo $(VENV)/.native
+# Packages are unpacked while the kernels are compiled.
+demo:
+	$(MAKE) --jobs=2 $(VENV)/.demo $(VENV)/.native
 	python examples/finetune.py
 
-test: lint $(VENV)/.native
+test:
+	$(MAKE) --jobs=2 lint $(VENV)/.native
 	$(MAKE) --jobs=2 --keep-going --output-sync=target $(PROCESSES)
 
 # Every proof that needs no GPU, the long ones too.
-verify: lint $(VENV)/.native
+verify:
+	$(MAKE) --jobs=2 lint $(VENV)/.native
 	$(MAKE) --jobs=2 --keep-going --output-sync=target "MARKS=slow or not slow" $(PROCESSES)
 	$(MAKE) mutants
 
