@@ -77,5 +77,5 @@ $(VENV)/.%: pyproject.toml $(VENV)/.torch
 	touch $@
 
 $(VENV)/.native: $(SOURCES) $(VENV)/.torch
-	python setup.py --quiet build_ext --inplace
+	env -u MAKEFLAGS python setup.py --quiet build_ext --inplace  # ninja would take the jobs of make for its own
 	touch $@
