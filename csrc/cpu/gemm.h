@@ -244,8 +244,8 @@ __attribute__((noinline)) void multiply_long(int64_t k, const C* a, int64_t lda,
 constexpr int64_t resident_bytes = 32 << 10, streamed_bytes = 256 << 10;
 
 // a * b + start, handed tile by tile to the epilogue, which adds what it likes and stores: epilogue(row, column, acc[MR][NV]).
-// `start` has panel_width more elements than n. A small b passes for every few rows, which reads and writes them in sequence: its
-// panels come from the second-level cache faster than scattered parts of rows; of a large b one panel at a time stays.
+// `start` has panel_width more elements than n. A small b passes for every few rows, which reads and writes them in sequence:
+// its panels come from the second-level cache faster than scattered parts of rows; of a large b one panel at a time stays.
 template <class C, class Epilogue>
 void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
                    const Epilogue& epilogue) {

@@ -6,10 +6,12 @@
 #include <immintrin.h>
 #endif
 
-// The instruction set whose intrinsics fit the lanes: that of the command line, or of the unit's own pragma, for which g++ before
-// version 13 defines no macro.
+// The instruction set whose intrinsics fit the lanes: that of the command line, or of the unit's own pragma, for which g++
+// before version 13 defines no macro; clang takes none from a pragma.
+#ifndef __clang__
 #define FA_SET_avx2 2
 #define FA_SET_avx512 512
+#endif
 #define FA_JOIN(a, b) a##b
 #define FA_SET(target) FA_JOIN(FA_SET_, target)
 #if FA_LANES == 16 && (defined(__AVX512F__) || FA_SET(FA_TARGET) == 512)
