@@ -1,5 +1,9 @@
 """Every Triton kernel, as its launcher launches it, compiles for real GPUs, fits them, and keeps its budget."""
 
+import re
+import subprocess
+import tempfile
+
 import pytest
 import torch
 import triton
@@ -10,7 +14,7 @@ from fastadapt.ops.bottleneck import _bwd
 
 from .gpuless import budgets, cuda_budget, offline, offline_gate
 from .gpuless.configurations import entries
-from .gpuless.offline_machine import local_in_loops, unfenced
+from .gpuless.offline_machine import LOADS, TOOLS, disassembled, inspect, local_in_loops, unfenced
 from .specs import SPECS
 from .specs.bottleneck import EVERYTHING, SPEC, make
 
@@ -104,7 +108,7 @@ def build(chip, x=(128, 128), stride=128, offset=0, dot=True, m=64, n=64, warps=
         )
     with offline.target(chip):
         kernel = offline.compiled(launches[0])
-    return offline_gate.described(CALL, launches[0], kernel, []), kernel
+    return offline_gate.described([(CALL, launches[0], kernel)])[0], kernel
 
 
 def faults(chip, **options):
@@ -131,6 +135,18 @@ def test_finds_planted_faults():
         f"90 {sound.name}: its products use no tensor cores"
     ]
     assert "grid" in offline_gate.faults(sound._replace(launch=sound.launch._replace(grid=(1, 2**16))), 90)[0]
+
+
+def test_kernels_disassembled_together_are_read_as_each_alone():
+    kernels = [build(90, dot=dot)[1] for dot in (True, False)]
+    assert inspect(kernels) == [machine for kernel in kernels for machine in inspect([kernel])]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernels[1].asm["cubin"])
+        file.flush()
+        alone = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    code = disassembled(kernels)[1]
+    assert len(LOADS.findall(code)) == len(LOADS.findall(alone)) > 0
+    assert [line.split()[1] for line in code.splitlines()] == re.findall(r"/\*[0-9a-f]{4}\*/\s+(\S+)", alone)
 
 
 def test_finds_a_branch_back_past_the_fence():

@@ -3,6 +3,7 @@
 The first call of a dtype and rank goes through all tiles of the tables it meets; the other calls are compiled as launched.
 """
 
+import collections
 import contextlib
 import math
 import re
@@ -75,19 +76,27 @@ def builds(spec, chip, calls, everything=True):
                     kernel = compiled(launch)
                 if kernel.hash not in hashes:
                     hashes.add(kernel.hash)
-                    found.append(described(call, launch, kernel, found))
-    return found, covered
+                    found.append((call, launch, kernel))
+    return described(found), covered
 
 
-def described(call, launch, kernel, others):
-    name = f"{call.name}: {launch.name}"
-    twins = sum(other.name.partition(" #")[0] == name for other in others)  # the same tiles with other arguments
+def described(found):
+    """The Builds of all ``(call, launch, kernel)`` of one chip."""
+    twins, built = collections.Counter(), []
+    for (call, launch, kernel), machine in zip(found, inspect([kernel for *_, kernel in found])):
+        name = f"{call.name}: {launch.name}"
+        twins[name] += 1  # the same tiles with other arguments
+        built.append(_build(f"{name} #{twins[name]}" if twins[name] > 1 else name, call, launch, kernel, machine))
+    return built
+
+
+def _build(name, call, launch, kernel, machine):
     code, threads = kernel.asm["ttir"], kernel.metadata.num_warps * kernel.metadata.target.warp_size
     operands = re.findall(r"tt\.dot .*?(tf32)?(?:x3)? : tensor<[\dx]*x(\w+)> \*", code)
     tiles = re.findall(r"tt\.load .*: tensor<((?:\d+x){2,})!tt\.ptr<[a-z]+(\d+)", code)
     sizes = [math.prod(map(int, shape.rstrip("x").split("x"))) * int(bits) // 8 for shape, bits in tiles]
     return Build(
-        f"{name} #{twins + 1}" if twins else name, launch, inspect(kernel),
+        name, launch, machine,
         any(tf32 or dtype != "f32" for tf32, dtype in operands),
         call.aligned and any(size >= 16 * threads for size in sizes),
     )  # fmt: skip

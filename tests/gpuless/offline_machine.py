@@ -1,6 +1,8 @@
 """What the machine code of a compiled Triton kernel uses, read from the cubin or the AMD assembly itself."""
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import NamedTuple
 
 from triton.backends.nvidia import __file__ as nvidia
 
-CUOBJDUMP = Path(nvidia).parent / "bin" / "cuobjdump"
+TOOLS = Path(nvidia).parent / "bin"
 # What machine code calls the tensor cores: mma.sync, wgmma, tcgen05, AMD's.
 PRODUCTS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma)")
 LOADS = re.compile(r"\bLDG(?:STS)?((?:\.\w+)*)")
@@ -37,26 +39,47 @@ class Machine(NamedTuple):
     unfenced: bool = False
 
 
-def inspect(kernel) -> Machine:
-    """Read what Triton compiled; running ptxas again could give other machine code."""
-    read = _read_amd if "amdgcn" in kernel.asm else _read_nvidia
-    return read(kernel, kernel.metadata.shared)
+def inspect(kernels: list) -> list[Machine]:
+    """Read what Triton compiled for one chip; running ptxas again could give other machine code."""
+    if "amdgcn" in kernels[0].asm:
+        return [_read_amd(kernel) for kernel in kernels]
+    return [_read_nvidia(kernel, code) for kernel, code in zip(kernels, disassembled(kernels))]
 
 
-def _read_nvidia(kernel, shared):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", "-sass", file.name]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", code)
+def _read_nvidia(kernel, code):
+    usage = _output("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     loads = [next((LOAD_BYTES[part] for part in m.split(".") if part in LOAD_BYTES), 4) for m in LOADS.findall(code)]
     return Machine(
-        int(registers), shared, int(stack), local_in_loops(code), _kind(code), _wide(loads), unfenced(kernel.asm["ptx"])
-    )
+        int(registers), kernel.metadata.shared, int(stack), local_in_loops(code), _kind(code), _wide(loads),
+        unfenced(kernel.asm["ptx"]),
+    )  # fmt: skip
 
 
-def _read_amd(kernel, shared):
+def _output(tool, data, *options):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(data)
+        file.flush()
+        return subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(kernels) -> list[str]:
+    """The instructions of each. nvdisasm starts for half a second and reads one file, so they go there one behind another."""
+    codes, arch = [_instructions(kernel.asm["cubin"]) for kernel in kernels], kernels[0].metadata.target.arch
+    text = _output("nvdisasm", b"".join(codes), "--binary", f"SM{arch}{'a' * (arch >= 90)}")
+    lines = iter([line for line in text.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)])
+    return ["\n".join(itertools.islice(lines, len(code) // 16)) for code in codes]
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """What the one section that can be executed holds; a cubin is an ELF file of 64 bits."""
+    (start,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]
+    ((offset, length),) = [header[4:] for header in headers if header[2] & 4]
+    return cubin[offset : offset + length]
+
+
+def _read_amd(kernel):
     code = kernel.asm["amdgcn"]
 
     def field(name):
@@ -66,7 +89,9 @@ def _read_amd(kernel, shared):
     loads = [AMD_LOAD_BYTES[re.match(r"dwordx\d|[a-z]+", m)[0]] for m in AMD_LOADS.findall(code)]
     # Scalar registers spill to the lanes of vector registers, or where those are full to the stack, which is reported.
     spills = field("vgpr_spill_count")
-    return Machine(field("vgpr_count"), shared, field("private_segment_fixed_size"), spills, _kind(code), _wide(loads))
+    return Machine(
+        field("vgpr_count"), kernel.metadata.shared, field("private_segment_fixed_size"), spills, _kind(code), _wide(loads)
+    )
 
 
 def local_in_loops(sass: str) -> int:
