@@ -115,26 +115,46 @@ class Program:
     """
 
     def __init__(self, path: Path, **settings: int | str):
-        self.path, self.settings, self.parallel_regions = path, settings, 0
+        self.processes, self.settings, self.parallel_regions = Processes(path), settings, 0
 
     def with_settings(self, **settings: int | str) -> "Program":
-        return Program(self.path, **(self.settings | settings))
+        other = copy.copy(self)
+        other.settings, other.parallel_regions = self.settings | settings, 0
+        return other
 
     def __call__(self, leaf, kinds, values, outputs):
         with tempfile.TemporaryDirectory() as folder:
             given, result = Path(folder) / "input", Path(folder) / "output"
             given.write_bytes(b"".join(encode(leaf, kinds, values, outputs)))
-            settings = [str(word) for name, value in self.settings.items() for word in (f"--{name}", value)]
+            settings = " ".join(f"{name} {value}" for name, value in self.settings.items())
+            self.parallel_regions += int(self.processes.answer(leaf, f"{given}\n{result}\n{settings}\n"))
+            return list(decode(result.read_bytes()))
+
+
+class Processes:
+    """One process of a program, which answers call after call; after an error, the next one."""
+
+    def __init__(self, path: Path):
+        self.path, self.process = path, None
+
+    def answer(self, leaf: str, question: str) -> str:
+        if self.process is None:
             environment = {
                 "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
                 "TSAN_OPTIONS": "halt_on_error=1 report_signal_unsafe=0", "PATH": "/usr/bin:/bin",
             }  # fmt: skip
-            command = [*fixed_addresses(), self.path, given, result, *settings]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, errors="replace")
-            if done.returncode:
-                raise RuntimeError(f"{leaf}: the program ended with {done.returncode}\n{done.stderr[:4000]}")
-            self.parallel_regions += int(done.stdout.rpartition(":")[2])  # of stable_runtime.h
-            return list(decode(result.read_bytes()))
+            self.errors, pipe = tempfile.TemporaryFile("w+", errors="replace"), subprocess.PIPE  # noqa: SIM115
+            self.process = subprocess.Popen(
+                [*fixed_addresses(), self.path], stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
+            )
+        self.process.stdin.write(question)
+        self.process.stdin.flush()
+        if line := self.process.stdout.readline():
+            return line
+        process, self.process = self.process, None
+        code = process.wait()
+        self.errors.seek(0)
+        raise RuntimeError(f"{leaf}: the program ended with {code}\n{self.errors.read(4000)}")
 
 
 @functools.cache

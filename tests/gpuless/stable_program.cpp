@@ -1,7 +1,9 @@
-// program INPUT OUTPUT [--setting value ...] [--schedules n] : one call of a leaf op in a process of its own, for sanitizers.
+// Calls of leaf ops in a process of their own, for sanitizers, which take longer to start than to watch most calls.
 //
-// INPUT and OUTPUT hold lines of text, each line about a tensor followed by its bytes (sanitized.py writes and reads them).
-// The call runs under n schedules from `schedule` on; they must agree bit for bit and leave the inputs as they were.
+// A call is three lines of stdin: the files for its input and its output, and its settings as "name value ...".  The files hold
+// lines of text, each line about a tensor followed by its bytes (stable.py writes and reads them).  The call runs under the
+// setting `schedules` of schedules from `schedule` on; they must agree bit for bit and leave the inputs as they were.  The
+// answer is a line, how many regions really ran in parallel; an error ends the process.
 #include <cstring>
 #include <fstream>
 #include <iostream>
@@ -28,7 +30,7 @@ struct Call {
   std::vector<std::vector<char>> bytes;
 };
 
-Call read(const char* path) {
+Call read(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   Call call;
   size_t count = 0;
@@ -104,7 +106,7 @@ std::vector<AtenTensorOpaque> run(const Call& call) {
   return outputs;
 }
 
-void write(const char* path, const std::vector<AtenTensorOpaque>& outputs) {
+void write(const std::string& path, const std::vector<AtenTensorOpaque>& outputs) {
   std::ofstream out(path, std::ios::binary);
   for (const AtenTensorOpaque& t : outputs) {
     out << t.dtype << ' ' << host::span(t) << ' ' << t.sizes.size();
@@ -115,33 +117,40 @@ void write(const char* path, const std::vector<AtenTensorOpaque>& outputs) {
   }
 }
 
+void answer(const std::string& input, const std::string& output, std::istringstream settings) {
+  host::Settings& s = host::settings() = host::Settings{};
+  int64_t schedules = 1;
+  for (std::string name, value; settings >> name >> value;) {
+    if (name == "schedules") {
+      schedules = std::stoll(value);
+    } else if (name == "target") {
+      if (!fastadapt::set_target || !fastadapt::set_target(value.c_str())) throw std::runtime_error("no target " + value);
+    } else {
+      s.set(name, std::stoll(value));
+    }
+  }
+  host::parallel_regions() = 0;
+  const Call call = read(input);
+  const std::vector<AtenTensorOpaque> first = run(call);
+  for (int64_t i = 1; i < schedules; i++) {
+    s.schedule++;
+    const std::vector<AtenTensorOpaque> other = run(call);
+    for (size_t o = 0; o < first.size(); o++)
+      if (host::span(first[o]) != host::span(other[o]) || !same(first[o].data, other[o].data, host::span(first[o])))
+        throw std::runtime_error("schedule " + std::to_string(s.schedule) + " changes output " + std::to_string(o));
+  }
+  write(output, first);
+  std::cout << host::parallel_regions() << std::endl;
+}
+
 }  // namespace
 
-int main(int argc, char** argv) {
+int main() {
   try {
-    host::Settings& s = host::settings();
-    int64_t schedules = 1;
-    for (int i = 3; i + 1 < argc; i += 2) {
-      const std::string name = argv[i] + 2, value = argv[i + 1];
-      if (name == "schedules") {
-        schedules = std::stoll(value);
-      } else if (name == "target") {
-        if (!fastadapt::set_target || !fastadapt::set_target(value.c_str())) throw std::runtime_error("no target " + value);
-      } else {
-        s.set(name, std::stoll(value));
-      }
+    for (std::string input, output, settings; std::getline(std::cin, input);) {
+      std::getline(std::cin, output), std::getline(std::cin, settings);
+      answer(input, output, std::istringstream(settings));
     }
-    const Call call = read(argv[1]);
-    const std::vector<AtenTensorOpaque> first = run(call);
-    for (int64_t i = 1; i < schedules; i++) {
-      s.schedule++;
-      const std::vector<AtenTensorOpaque> other = run(call);
-      for (size_t o = 0; o < first.size(); o++)
-        if (host::span(first[o]) != host::span(other[o]) || !same(first[o].data, other[o].data, host::span(first[o])))
-          throw std::runtime_error("schedule " + std::to_string(s.schedule) + " changes output " + std::to_string(o));
-    }
-    write(argv[2], first);
-    std::cout << "parallel regions: " << host::parallel_regions() << std::endl;
   } catch (const std::exception& error) {
     std::cerr << error.what() << std::endl;
     return 1;
