@@ -249,7 +249,8 @@ constexpr int64_t resident_bytes = 32 << 10, streamed_bytes = 256 << 10;
 template <class C, class Epilogue>
 void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
                    const Epilogue& epilogue) {
-  auto tile = [&](auto nv, int64_t j, auto mr, int64_t i) FA_FORCED {
+  // Out of line: two loops with a copy of every tile each would double what there is to compile, and be no faster.
+  auto tile = [&](auto nv, int64_t j, auto mr, int64_t i) __attribute__((noinline)) {
     constexpr int MR = decltype(mr)::value, NV = decltype(nv)::value;
     constexpr int L = lanes<C>;
     const C *row = a + i * lda, *b = packed + j * k;
