@@ -255,7 +255,8 @@ void warp_operation(const char* name, void* argument, Work work, bool orders = f
     block_current();
   } else {
     for (const char* other : warp.operation)
-      if (other != name && std::strcmp(other, name)) fail(std::string("lanes of one warp wait in different operations: ") + name + ", " + other);
+      if (other != name && std::strcmp(other, name))
+        fail(std::string("lanes of one warp wait in different operations: ") + name + ", " + other);
     work(warp.arguments);
     warp.arrived = 0;
     for (unsigned l = 0; l < 32; l++) {

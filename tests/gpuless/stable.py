@@ -5,6 +5,7 @@ stable_runtime.cpp stands in for libtorch behind its stable C interface. What is
 outside, so that a report is always about a kernel. Both are called in the same way, and ``install`` puts either below the op.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -147,8 +148,9 @@ class Processes:
             self.process = subprocess.Popen(
                 [*fixed_addresses(), self.path], stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
             )
-        self.process.stdin.write(question)
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended since its last answer, which the next line says
+            self.process.stdin.write(question)
+            self.process.stdin.flush()
         if line := self.process.stdout.readline():
             return line
         process, self.process = self.process, None
