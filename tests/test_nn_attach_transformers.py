@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadapt.nn import LoRALinear, ParallelAdapter, PromptEncoder, attach, drop_adapters, freeze_except
+from fastadapt.nn import LoRALinear, ParallelAdapter, PromptEncoder, attach, drop_adapters, freeze_except, route
 from fastadapt.nn.structure import layers
 
 from .prefix_models import MODELS, OFF, SIZES, P, T, batch, hf, outcome
@@ -188,6 +188,28 @@ def test_prompt_in_generation(name):
             for _ in range(4):
                 tokens = torch.cat([tokens, model(tokens[None]).logits[0, -1:].argmax(-1)])
         assert torch.equal(tokens[-4:], row[T:])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "kron", "lora_bank"])
+def test_layers_that_the_model_looks_into(method):
+    """T5 asks the last layer of a block for the dtype of its weight."""
+    model, name = t5().eval(), "decoder.block.0.layer.2.DenseReluDense.wo"
+    inputs = {key: torch.randint(1, 40, (2, 5), device=DEVICE) for key in ("input_ids", "decoder_input_ids")}
+    weight, before = model.get_submodule(name).weight, model(**inputs).logits
+    attach(model, method, targets=[name], **({"g": 2} if method == "lora_bank" else {}))
+    layer = model.get_submodule(name)
+    assert layer.weight is weight and layer.bias is None
+    with torch.no_grad():
+        for parameter in freeze_except(model, "kron" if method == "kron" else "lora").values():
+            parameter.normal_(std=0.1)
+        if method == "lora_bank":
+            with route(model, torch.tensor([-1, -1], device=DEVICE)):
+                assert torch.equal(model(**inputs).logits, before)
+            return
+        adapted = model(**inputs).logits
+        layer.merge()
+        assert layer.weight is not weight and not torch.allclose(adapted, before, atol=1e-3)
+        torch.testing.assert_close(model(**inputs).logits, adapted)
 
 
 def test_prompts_that_models_refuse():

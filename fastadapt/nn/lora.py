@@ -60,7 +60,19 @@ def linear_sizes(base: nn.Module) -> tuple[bool, int, int]:
     return False, base.in_features, base.out_features
 
 
-class Merging(nn.Module):
+class Beside:
+    """What stands in the place of a frozen ``base`` shows its weight and bias: models look at their dtypes and tie them."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+class Merging(Beside, nn.Module):
     """A frozen layer ``base`` that an adapter can be merged into: ``_merged()`` is weight, as (n, k), and bias with it."""
 
     def __init__(self, base: nn.Module, transposed: bool, backend: str | None):

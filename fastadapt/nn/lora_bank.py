@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear
 from .bottleneck import check_size
-from .lora import LoRALinear, adapter_dtype, check_options, linear_sizes
+from .lora import Beside, LoRALinear, adapter_dtype, check_options, linear_sizes
 from .route import Routed
 
 
-class LoRABank(Routed):
+class LoRABank(Beside, Routed):
     """A frozen linear layer and ``g`` slots for LoRA adapters, chosen per row by ``adapter_ids``, for training and inference.
 
     Row ``j`` of the output is what the :class:`LoRALinear` in slot ``adapter_ids[j]`` gives for row ``j`` of ``x``; a row of id
