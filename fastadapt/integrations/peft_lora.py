@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .._dense import is_packed
+from ..nn.lora import is_falcons
 from ..ops.lora_linear import autocasts, lora_linear, row_norms, without_autocast
 
 # Layers whose product is x @ weight.T, or x @ weight where that is True.
@@ -35,7 +36,7 @@ def _hooked(module: nn.Module) -> bool:
 def frozen_layer(layer) -> tuple[Tensor, Tensor | None] | str:
     """Weight ``(n, k)`` and bias of the base layer, or why they don't say what it computes."""
     base = layer._modules["base_layer"]
-    transposed = TRANSPOSED.get(type(base))
+    transposed = False if is_falcons(base) else TRANSPOSED.get(type(base))
     if transposed is None:
         return f"its base layer is a {type(base).__name__}"
     weight = base._parameters.get("weight")

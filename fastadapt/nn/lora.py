@@ -49,13 +49,19 @@ def is_conv1d(layer: nn.Module) -> bool:
     return module is not None and isinstance(layer, module.Conv1D)
 
 
+def is_falcons(layer: nn.Module) -> bool:
+    """Whether this is the linear layer of Falcon in ``transformers``: that of PyTorch, but that it rounds before the bias."""
+    module = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return module is not None and type(layer) is module.FalconLinear
+
+
 def linear_sizes(base: nn.Module) -> tuple[bool, int, int]:
     """Whether a frozen linear layer keeps its weight as (k, n), and k and n. Refuses other layers."""
     if is_conv1d(base):
         return True, base.nx, base.nf
     if not isinstance(base, nn.Linear):
         raise TypeError(f"base must be a torch.nn.Linear or a Conv1D of transformers, got {type(base).__name__}")
-    if type(base).forward is not nn.Linear.forward and not is_packed(base.weight):
+    if type(base).forward is not nn.Linear.forward and not is_packed(base.weight) and not is_falcons(base):
         raise TypeError(f"base must be linear as torch.nn.Linear is, got {type(base).__name__} with a forward of its own")
     return False, base.in_features, base.out_features
 

@@ -102,13 +102,13 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
 
 
-def _projections(names: list[str]) -> tuple[str, ...]:
-    """Those of queries and values, by their usual names; those of all but the output where these aren't used."""
-    for pattern in (_QUERY_OR_VALUE, _FUSED):
-        found = tuple(name for name in names[:-1] if pattern.fullmatch(name.rpartition(".")[2]))
-        if found:
-            return found
-    return tuple(names[:-1] or names)
+def _attention(names: list[str]) -> Attention:
+    """Of the linear layers of an attention: the output is the last one, but for those that by their usual names are of queries,
+    values or both; these, queries and values first, are the projections, or all but the output where the names aren't used."""
+    named = [[n for n in names if pattern.fullmatch(n.rpartition(".")[2])] for pattern in (_QUERY_OR_VALUE, _FUSED)]
+    output = next((name for name in reversed(names) if not any(name in found for found in named)), names[-1])
+    others = [name for name in names if name != output] or names
+    return Attention(tuple(named[0] or named[1] or others), output)
 
 
 def _feed_forward(names: list[str], modules: dict[str, nn.Module], d: int | None) -> FeedForward | None:
@@ -139,9 +139,7 @@ def layers(model: nn.Module) -> list[Layer]:
     inner = [name for name in both if not any(name in _above(other) for other in both if other)]
     found = []
     for layer in [name for name in modules if name in inner]:
-        attentions = [
-            Attention(_projections(names), names[-1]) for root, names in roots.items() if layer in _above(root)
-        ]
+        attentions = [_attention(names) for root, names in roots.items() if layer in _above(root)]
         rest = [name for name in others if layer in _above(name)]
         block = _feed_forward(rest, modules, width(modules[attentions[0].output]))
         if block is not None:
