@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ._attention import (
     LN2,
+    factor_tiles,
     flat_queries,
     gates_of,
     head_tile,
@@ -17,6 +18,7 @@ from ._attention import (
     own_length,
     prefix_of,
     query_offsets,
+    row_products,
     rows_tile,
     tile_queries,
 )  # fmt: skip
@@ -77,8 +79,9 @@ def attend(
     present = None
     if MASKED:
         present = keys < length
-    k = rows_tile(k_ptr, keys.to(tl.int64) * k_stride_t, present, k_stride_e, q.dtype, E, WIDTH)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+    dtype: tl.constexpr = q[0].dtype
+    k = factor_tiles(k_ptr, keys.to(tl.int64) * k_stride_t, present, k_stride_e, dtype, E, WIDTH, PRECISION)
+    scores = row_products(q, k, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
         scores, _ = hide(scores, keys[None, :], limits[:, None], mask_ptr, mask_offsets[:, None], mask_stride)
     highest = tl.maximum(top, tl.max(scores, 1))
@@ -88,8 +91,8 @@ def attend(
     total = total * fade + tl.sum(weights, 1)
     if seed_ptr is not None:
         weights *= kept_weights(rows, column + start, seed_ptr, threshold, 1.0, BLOCK_M, BLOCK_N)
-    v = rows_tile(v_ptr, keys.to(tl.int64) * v_stride_t, present, v_stride_e, q.dtype, E, WIDTH)
-    acc = tl.dot(weights.to(q.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    v = rows_tile(v_ptr, keys.to(tl.int64) * v_stride_t, present, v_stride_e, dtype, E, WIDTH)
+    acc = tl.dot(weights.to(dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, total, highest
 
 
@@ -114,7 +117,7 @@ def prefix_attention_fwd_kernel(
     members, queries, inside = tile_queries(tile, t, group, PACKED, BLOCK_M)
     flat = flat_queries(sequence, head, members, queries, h_kv, group, t)
     q_offsets = query_offsets(sequence, head, members, queries, group, q_strides)
-    q = rows_tile(q_ptr, q_offsets, inside, q_strides[3], q_ptr.dtype.element_ty, E, WIDTH)
+    q = factor_tiles(q_ptr, q_offsets, inside, q_strides[3], q_ptr.dtype.element_ty, E, WIDTH, PRECISION)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = total + float("-inf")

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ._attention import (
+    factor_tiles,
     flat_queries,
     gates_of,
     head_tile,
@@ -13,6 +14,7 @@ from ._attention import (
     own_length,
     prefix_of,
     query_offsets,
+    row_products,
     rows_tile,
     saved_lse,
     tile_queries,
@@ -31,20 +33,21 @@ def score_gradients(
     present = None
     if MASKED:
         present = keys < length
-    k = rows_tile(k_ptr, keys.to(tl.int64) * k_stride_t, present, k_stride_e, q.dtype, E, WIDTH)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+    dtype: tl.constexpr = q[0].dtype
+    k = factor_tiles(k_ptr, keys.to(tl.int64) * k_stride_t, present, k_stride_e, dtype, E, WIDTH, PRECISION)
+    scores = row_products(q, k, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
     if MASKED:
         scores, seen = hide(scores, keys[None, :], limits[:, None], mask_ptr, mask_offsets[:, None], mask_stride)
     weights = tl.exp2(scores - lse[:, None])
-    v = rows_tile(v_ptr, keys.to(tl.int64) * v_stride_t, present, v_stride_e, q.dtype, E, WIDTH)
-    grads = tl.dot(grad_y, tl.trans(v), input_precision=PRECISION)
+    v = factor_tiles(v_ptr, keys.to(tl.int64) * v_stride_t, present, v_stride_e, dtype, E, WIDTH, PRECISION)
+    grads = row_products(grad_y, v, PRECISION)
     if seed_ptr is not None:
         grads *= kept_weights(rows, column + start, seed_ptr, threshold, kept_scale, BLOCK_M, BLOCK_N)
     # A product that a compiler fuses with the first sum of two lanes has other bits in either, which both store.
     grad_scores = tl.fma(weights, grads - delta[:, None], 0.0)
     if MASKED:  # of a row that is NaN, too
         grad_scores = tl.where(seen, grad_scores, 0.0)
-    return k, grad_scores
+    return k[0], grad_scores
 
 
 @triton.jit
@@ -61,14 +64,14 @@ def prefix_attention_bwd_delta_kernel(
     flat = flat_queries(sequence, head, members, queries, h_kv, group, t)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     grad_offsets = query_offsets(sequence, head, members, queries, group, grad_strides)
-    grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH)
+    grad_y = factor_tiles(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH, PRECISION)
     y_offsets = query_offsets(sequence, head, members, queries, group, y_strides)
     y = rows_tile(y_ptr, y_offsets, inside, y_strides[3], dtype, E, WIDTH)
-    delta = tl.sum(tl.fma(grad_y.to(tl.float32), y.to(tl.float32), 0.0), 1)
+    delta = tl.sum(tl.fma(grad_y[0].to(tl.float32), y.to(tl.float32), 0.0), 1)
     if gate_ptr is not None:
         every = tl.cast(b, tl.int64) * h_kv * group * t
         q_offsets = query_offsets(sequence, head, members, queries, group, q_strides)
-        q = rows_tile(q_ptr, q_offsets, inside, q_strides[3], dtype, E, WIDTH)
+        q = factor_tiles(q_ptr, q_offsets, inside, q_strides[3], dtype, E, WIDTH, PRECISION)
         lse = saved_lse(lse_ptr + every, flat, inside)
         owner, length, valid = prefix_of(ids_ptr, sequence, p, g, ALONE)
         prefix_k_ptr += owner * prefix_k_strides[0] + head * prefix_k_strides[1]
@@ -102,9 +105,9 @@ def prefix_attention_bwd_queries_kernel(
     every = tl.cast(b, tl.int64) * h_kv * group * t
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     q_offsets = query_offsets(sequence, head, members, queries, group, q_strides)
-    q = rows_tile(q_ptr, q_offsets, inside, q_strides[3], dtype, E, WIDTH)
+    q = factor_tiles(q_ptr, q_offsets, inside, q_strides[3], dtype, E, WIDTH, PRECISION)
     grad_offsets = query_offsets(sequence, head, members, queries, group, grad_strides)
-    grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH)
+    grad_y = factor_tiles(grad_ptr, grad_offsets, inside, grad_strides[3], dtype, E, WIDTH, PRECISION)
     lse = saved_lse(lse_ptr, flat, inside)
     delta = tl.load(delta_ptr + flat, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -166,9 +169,10 @@ def add_rows(
 ):  # fmt: skip
     """What BLOCK_M rows add to the gradients of BLOCK_N keys and values; scores and weights are [BLOCK_N, BLOCK_M] here.
     ``column`` is that of the first key in the matrix of dropout."""
-    q = rows_tile(q_ptr, q_offsets, inside, q_stride_e, k.dtype, E, WIDTH)
-    grad_y = rows_tile(grad_ptr, grad_offsets, inside, grad_stride_e, k.dtype, E, WIDTH)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    dtype: tl.constexpr = k[0].dtype
+    q = factor_tiles(q_ptr, q_offsets, inside, q_stride_e, dtype, E, WIDTH, PRECISION)
+    grad_y = factor_tiles(grad_ptr, grad_offsets, inside, grad_stride_e, dtype, E, WIDTH, PRECISION)
+    scores = row_products(k, q, PRECISION) * scale
     if MASKED:
         scores, seen = hide(scores, keys[:, None], limits[None, :], mask_ptr, mask_offsets[None, :], mask_stride)
     weights = tl.exp2(scores - saved_lse(lse_ptr, flat, inside)[None, :])
@@ -179,16 +183,16 @@ def add_rows(
         stays = tl.trans(kept_weights(flat, column, seed_ptr, threshold, kept_scale, BLOCK_M, BLOCK_N))
         kept = weights * stays
     if NEED_V:
-        grad_v = tl.dot(kept.to(k.dtype), grad_y, grad_v, input_precision=PRECISION)
+        grad_v = tl.dot(kept.to(dtype), grad_y[0], grad_v, input_precision=PRECISION)
     if NEED_K:
-        grads = tl.dot(v, tl.trans(grad_y), input_precision=PRECISION)
+        grads = row_products(v, grad_y, PRECISION)
         if seed_ptr is not None:
             grads *= stays
         delta = tl.load(delta_ptr + flat, mask=inside, other=0.0)
         grad_scores = weights * (grads - delta[None, :])
         if MASKED:  # of a row that is NaN, too
             grad_scores = tl.where(seen, grad_scores, 0.0)
-        grad_k = tl.dot(grad_scores.to(k.dtype), q, grad_k, input_precision=PRECISION)
+        grad_k = tl.dot(grad_scores.to(dtype), q[0], grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 
@@ -209,8 +213,8 @@ def prefix_attention_bwd_keys_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     k_ptr += sequence * k_strides[0] + head * k_strides[1]
     v_ptr += sequence * v_strides[0] + head * v_strides[1]
-    k = rows_tile(k_ptr, keys.to(tl.int64) * k_strides[2], present, k_strides[3], dtype, E, WIDTH)
-    v = rows_tile(v_ptr, keys.to(tl.int64) * v_strides[2], present, v_strides[3], dtype, E, WIDTH)
+    k = factor_tiles(k_ptr, keys.to(tl.int64) * k_strides[2], present, k_strides[3], dtype, E, WIDTH, PRECISION)
+    v = factor_tiles(v_ptr, keys.to(tl.int64) * v_strides[2], present, v_strides[3], dtype, E, WIDTH, PRECISION)
     grad_k = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     grad_v = tl.zeros((BLOCK_N, WIDTH), tl.float32)
 
@@ -278,8 +282,10 @@ def prefix_attention_bwd_prefix_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     prefix_k_ptr += owner * prefix_k_strides[0] + head * prefix_k_strides[1]
     prefix_v_ptr += owner * prefix_v_strides[0] + head * prefix_v_strides[1]
-    k = rows_tile(prefix_k_ptr, keys.to(tl.int64) * prefix_k_strides[2], present, prefix_k_strides[3], dtype, E, WIDTH)
-    v = rows_tile(prefix_v_ptr, keys.to(tl.int64) * prefix_v_strides[2], present, prefix_v_strides[3], dtype, E, WIDTH)
+    k_offsets = keys.to(tl.int64) * prefix_k_strides[2]
+    k = factor_tiles(prefix_k_ptr, k_offsets, present, prefix_k_strides[3], dtype, E, WIDTH, PRECISION)
+    v_offsets = keys.to(tl.int64) * prefix_v_strides[2]
+    v = factor_tiles(prefix_v_ptr, v_offsets, present, prefix_v_strides[3], dtype, E, WIDTH, PRECISION)
     grad_k = tl.zeros((BLOCK_P, WIDTH), tl.float32)
     grad_v = tl.zeros((BLOCK_P, WIDTH), tl.float32)
 

@@ -10,7 +10,9 @@ def interpreted(case):
 
 
 CONTINUED, ODD, GROUPED, DROPOUT = (interpreted(case) for case in ("continued", "odd", "grouped", "dropout"))
-GATED, ZERO, BANK = (interpreted(case) for case in ("gated-with-everything", "gate-of-zero", "bank-of-sequences"))
+GATED, ZERO, BANK, WIDE = (
+    interpreted(case) for case in ("gated-with-everything", "gate-of-zero", "bank-of-sequences", "wide")
+)
 COMPILED = Rung("tests/test_ptx.py", "test_triton_matches_reference and prefix_attention-everything-float32-sm_80")
 SPREAD = Rung(
     "tests/test_ops_numerics.py", "prefix_attention-triton-everything-float32 and test_nan_and_inf_spread_as_in_pytorch",
@@ -42,7 +44,11 @@ MUTANTS = (
     ),
     Mutant(
         "scores without the scale", "missing term", {ODD: "output: (l2|max) error"},
-        [(FWD, "input_precision=PRECISION) * scale  # [BLOCK_M", "input_precision=PRECISION)  # [BLOCK_M")],
+        [(FWD, "row_products(q, k, PRECISION) * scale", "row_products(q, k, PRECISION)")],
+    ),
+    Mutant(
+        "the first half of a wide head twice", "missing term", {WIDE: "output: (l2|max) error"},
+        [(SHARED, "rows_tile(ptr, offsets, inside, stride, dtype, E, HALF, HALF)", "left")],
     ),
     Mutant(
         "lse by base 2", "missing term", {ODD: "grad of q: (l2|max) error"},
@@ -87,8 +93,8 @@ MUTANTS = (
     Mutant(
         "products fused with the first sum of two lanes", "race", {COMPILED: "race between lanes of one warp"},
         [(
-            BWD, "tl.sum(tl.fma(grad_y.to(tl.float32), y.to(tl.float32), 0.0), 1)",
-            "tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)",
+            BWD, "tl.sum(tl.fma(grad_y[0].to(tl.float32), y.to(tl.float32), 0.0), 1)",
+            "tl.sum(grad_y[0].to(tl.float32) * y.to(tl.float32), 1)",
         )],
     ),
     Mutant(
