@@ -12,13 +12,13 @@ enum Gradient { grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_diagonal, g
 struct Problem {
   int64_t m = 0, k = 0, n = 0, r = 0;
   Dtype dtype = Dtype::float32, weight_dtype = Dtype::float32;
-  bool backward = false;
+  bool backward = false, joined = false;  // joined: the frozen product makes the branch's part of z and grad_x, too
   double scale = 1, kept_scale = 1;  // kept_scale: of what dropout leaves
   uint32_t dropped = 0;              // of 65536 elements
   uint64_t seed = 0;
   const int64_t* order = nullptr;
   Rows x, grad_y, saved_z;
-  Weight a, b;                       // (r, k), (n, r), or banks of these
+  Weight weight, a, b;               // (n, k), (r, k), (n, r), or banks of the latter two
   Parameter diagonal, gain, bias;    // (r,) or a bank of it, (n,), (n,)
   void *y = nullptr, *z = nullptr;   // (m, n): y, and y before gain and bias; the same memory where z isn't kept
   void* u = nullptr;                 // (m, r) of the compute type, by rows
@@ -40,6 +40,9 @@ struct Kernel {
   // By columns, the share `part` of `parts` of them: the gradients of the parameters, and dropout((t * scale * diagonal) @ a),
   // what the frozen product of grad_x is added to. A segment has all rows of its adapter.
   void (*gradients)(const Problem&, void* thread, const Segment*, int64_t segments, int64_t part, int64_t parts);
+  // Null where the vendor's product is used: the share `part` of `parts` of the frozen product, and all that follows it: z and y,
+  // or grad_x. It is added to what is there unless it is joined.
+  void (*product)(const Problem&, void* thread, int64_t part, int64_t parts);
 };
 
 }  // namespace fastadapt::lora_linear

@@ -16,7 +16,7 @@ struct Pass : RowPass<T, W> {
     const Thread t = Base::thread(p, arena);
     const int64_t n = end - begin, r = s.adapter < 0 ? 0 : p.r;
     if (r) {
-      Base::read_factor(p, t, s.adapter);
+      Base::read_factor(p, t.factor, s.adapter);
       const W* b = element(p.b, s.adapter, begin, 0);
       pack_part(Source<C, W>{b, p.b.stride_1, p.b.stride_0, r, n, t.factor, nullptr}, t.up, 0, 1);
     }
@@ -92,7 +92,7 @@ struct Pass : RowPass<T, W> {
   static void write_b(const Problem& p, const Thread& t, int64_t adapter, int64_t c, int64_t n) {
     const int64_t r = p.r;
     const bool gain = p.gain.data;
-    Base::read_factor(p, t, adapter);
+    Base::read_factor(p, t.factor, adapter);
     for (int64_t j = 0; j < n; j += L) {
       W* const out = static_cast<W*>(p.grads[grad_b]) + (adapter * p.n + c + j) * r;
       const int64_t count = least(L, n - j);
@@ -142,12 +142,13 @@ struct Pass : RowPass<T, W> {
   static void over_x(const Problem& p, const Thread& t, const Segment* segments, int64_t many, int64_t c, int64_t n) {
     const T* x[high_rows];
     T* out[high_rows];
+    const bool branch = p.wants[grad_x] && !p.joined;
     for (int64_t k = 0; k < many; ++k) {
       const Segment& s = segments[k];
       const bool weight = p.wants[grad_a] && s.adapter >= 0;
       const int64_t r = s.adapter < 0 ? 0 : p.r;
-      if (r) Base::read_factor(p, t, s.adapter);
-      if (r && p.wants[grad_x])
+      if (r) Base::read_factor(p, t.factor, s.adapter);
+      if (r && branch)
         pack_part(Source<C, W>{element(p.a, s.adapter, 0, c), p.a.stride_0, p.a.stride_1, r, n, t.factor, nullptr}, t.up, 0, 1);
       for (int64_t begin = s.begin; begin < s.end; begin += high_rows) {
         const int64_t count = least(high_rows, s.end - begin);
@@ -157,7 +158,7 @@ struct Pass : RowPass<T, W> {
           const Operand<C> rows = inputs(p, t, weight ? x : nullptr, begin, count, c, n);
           if (weight) gemm_transposed(r, count, n, left, r, rows.data, rows.ld, begin > s.begin, t.sums, high_columns);
         }
-        if (!p.wants[grad_x]) continue;
+        if (!branch) continue;
         for (int64_t i = 0; i < count; ++i)
           out[i] = static_cast<T*>(p.grads[grad_x]) + (p.order ? p.order[begin + i] : begin + i) * p.k + c;
         gemm_epilogue(count, r, n, left, r, t.up, static_cast<const C*>(nullptr),
@@ -192,21 +193,13 @@ struct Pass : RowPass<T, W> {
     };
     if (p.wants[grad_b] || p.wants[grad_bias] || p.wants[grad_gain] || p.scaled_grad_y)
       each(p.n, [&](int64_t c, int64_t n) FA_FORCED { over_grad_y(p, t, segments, many, c, n); });
-    if (p.wants[grad_a] || p.wants[grad_x])
+    if (p.wants[grad_a] || (p.wants[grad_x] && !p.joined))
       each(p.k, [&](int64_t c, int64_t n) FA_FORCED { over_x(p, t, segments, many, c, n); });
     for (int64_t k = part; p.wants[grad_diagonal] && k < many; k += parts)
       if (segments[k].adapter >= 0) diagonal(p, segments[k]);
   }
 
-  static Kernel kernel() { return {Base::thread_bytes, Base::project, expand, finish, gradients}; }
+  static Kernel kernel() { return {Base::thread_bytes, Base::project, expand, finish, gradients, nullptr}; }
 };
 
 }  // namespace fastadapt::FA_TARGET::lora_linear
-
-namespace fastadapt::lora_linear::FA_TARGET {
-
-Kernel kernel(Dtype dtype, Dtype weight_dtype) {
-  return fastadapt::FA_TARGET::kernel_of<fastadapt::FA_TARGET::lora_linear::Pass>(dtype, weight_dtype);
-}
-
-}  // namespace fastadapt::lora_linear::FA_TARGET

@@ -94,10 +94,10 @@ struct RowPass : Parameters<T, W> {
   }
 
   // factor = scale * diagonal.
-  static void read_factor(const Problem& p, const Thread& t, int64_t adapter) {
+  static void read_factor(const Problem& p, C* factor, int64_t adapter) {
     for (int64_t j = 0; j < p.r; j += L) {
       const Vec<C> d = p.diagonal.data ? Base::parameter_at(p.diagonal, adapter, j, least(L, p.r - j)) : broadcast<C>(1);
-      store(t.factor + j, d * static_cast<C>(p.scale));
+      store(factor + j, d * static_cast<C>(p.scale));
     }
   }
 
