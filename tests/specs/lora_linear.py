@@ -296,6 +296,7 @@ NUMERICS = Numerics(
         case("long-ranks", shape=(140, 60), n=50, r=1000),
         case("few-rows", shape=(90, 300), n=280, r=30, scale="0-d"),
         case("strips", shape=(400, 1200), n=300, r=20, scale="0-d"),
+        case("long-products", shape=(60, 1100), n=1030, r=5, dora=True, lora_bias=True),
         case("two-blocks-of-rows", shape=(450, 40), n=30, r=30, dropout=0.2, **EVERYTHING),
         case("bank-rows", shape=(450, 70), n=45, r=20, g=3, ids=[i % 4 - 1 for i in range(450)], **DROPPED),
     ),
