@@ -14,7 +14,7 @@ import fastadapt
 from fastadapt._leaf import INTERPRET
 from fastadapt.nn import LoRALinear
 from fastadapt.ops.dropout import kept, kept_scale, threshold
-from fastadapt.ops.lora_linear import _bwd, _fwd, row_norms
+from fastadapt.ops.lora_linear import _bwd, _fwd, _norms, row_norms
 
 from . import numerics
 from .accuracy import assert_within_reference_error
@@ -152,6 +152,25 @@ def test_norms_do_not_cancel():
                  (0.03 * weight - lora_b @ lora_a, lora_a, lora_b)):  # fmt: skip
         plain, exact = ((w + b @ a).norm(dim=1) for w, a, b in (args, [t.double() for t in args]))
         assert_within_reference_error(row_norms(*args) / exact, plain / exact, exact / exact, "norms")
+
+
+@pytest.mark.skipif(("native", "cpu") not in _norms.available, reason="needs the compiled CPU kernels")
+@pytest.mark.parametrize("n, k, r", [(19, 1, 1), (23, 130, 3), (50, 64, 17), (97, 200, 150), (49, 1100, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_norms_of_the_kernel(dtype, n, k, r):
+    """Of rows that lie apart, beside those of PyTorch."""
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, diagonal = torch.randn(n, k + 5).to(dtype)[:, 2:-3], torch.randn(r).to(wide)
+    lora_a, lora_b = torch.randn(k, r).to(wide).T, torch.randn(r, n).to(wide).T
+    args = weight, lora_a, lora_b, 0.7, diagonal
+    exact = (weight.double() + 0.7 * lora_b.double() * diagonal @ lora_a.double()).norm(dim=1)
+    native, plain = (row_norms(*args, backend).double() for backend in ("native", "reference"))
+    assert torch.equal(row_norms(*args), row_norms(*args, "native")) and row_norms(*args).dtype == wide
+    assert_within_reference_error(native / exact, plain / exact, exact / exact, "norms")
+    if k > 1:
+        assert torch.equal(row_norms(weight.T.contiguous().T, *args[1:]), row_norms(*args, "reference"))
+        with pytest.raises(RuntimeError, match="supports rows without gaps"):
+            row_norms(weight.T.contiguous().T, *args[1:], "native")
 
 
 def test_explain_draws_nothing():

@@ -240,11 +240,41 @@ Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tenso
   return std::tuple_cat(grads);
 }
 
+Tensor lora_linear_norms_cpu(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b) {
+  Reader reader("lora_linear", weight);
+  std::vector<int64_t> offsets;
+  Problem p;
+  FA_CHECK(weight.dim() == 2 && lora_a.dim() == 2 && lora_b.is_contiguous(),
+           "lora_linear: weight must be (n, k), lora_a (r, k), and lora_b (n, r) and contiguous");
+  p.m = reader.m;
+  p.k = reader.columns;
+  p.r = lora_a.size(0);
+  p.dtype = dtype_of(reader.dtype);
+  p.weight_dtype = p.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  for (const Tensor* t : {&lora_a, &lora_b})
+    FA_CHECK(dtype_of(t->scalar_type()) == p.weight_dtype, "lora_linear: lora_a and lora_b must have the compute type of weight");
+  p.x = reader.rows("weight", weight, p.k, offsets);
+  FA_CHECK(p.x.step == 1, "lora_linear: rows of weight must have no gaps");
+  p.a = reader.weight("lora_a", lora_a, p.r, p.k, false);
+  p.b = reader.weight("lora_b", lora_b, p.m, p.r, false);
+  const int64_t rows[] = {p.m}, parts = useful_parts(p.m * p.k * (p.r + 1), std::max<int64_t>(1, p.m));
+  const Tensor out = empty(rows, lora_a);
+  p.y = out.mutable_data_ptr();
+  const Kernel k = kernel(p);
+  const int64_t bytes = k.norms_bytes(p);
+  ScratchMemory memory(parts * bytes);
+  each_part(parts, [&](int64_t part) {
+    k.norms(p, memory.data() + part * bytes, p.m * part / parts, p.m * (part + 1) / parts);
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastadapt, CPU, m) {
   m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd_cpu));
   m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd_cpu));
+  m.impl("lora_linear_norms", TORCH_BOX(&lora_linear_norms_cpu));
 }
 
 }  // namespace fastadapt::lora_linear

@@ -40,9 +40,13 @@ struct Kernel {
   // By columns, the share `part` of `parts` of them: the gradients of the parameters, and dropout((t * scale * diagonal) @ a),
   // what the frozen product of grad_x is added to. A segment has all rows of its adapter.
   void (*gradients)(const Problem&, void* thread, const Segment*, int64_t segments, int64_t part, int64_t parts);
-  // Null where the vendor's product is used: the share `part` of `parts` of the frozen product, and all that follows it: z and y,
-  // or grad_x. It is added to what is there unless it is joined.
-  void (*product)(const Problem&, void* thread, int64_t part, int64_t parts);
+  // The share `part` of `parts` of the frozen product and all that follows it: z and y, or grad_x. It is added to what is there
+  // unless it is joined. Null where it is the vendor's.
+  void (*product)(const Problem&, void* thread, int64_t part, int64_t parts) = nullptr;
+  // y = the norms of the rows [begin, end) of x + b @ a, for an x of (m, k), a b of (m, r) without gaps, and weights of the
+  // compute type; null for others.
+  int64_t (*norms_bytes)(const Problem&) = nullptr;
+  void (*norms)(const Problem&, void* thread, int64_t begin, int64_t end) = nullptr;
 };
 
 }  // namespace fastadapt::lora_linear

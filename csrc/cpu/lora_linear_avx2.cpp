@@ -4,5 +4,5 @@
 #pragma GCC target("avx2,fma,f16c")
 #define FA_TARGET avx2
 #define FA_LANES 8
-#include "lora_linear_product.h"
+#include "lora_linear_kernel.h"
 #endif

@@ -198,8 +198,6 @@ struct Pass : RowPass<T, W> {
     for (int64_t k = part; p.wants[grad_diagonal] && k < many; k += parts)
       if (segments[k].adapter >= 0) diagonal(p, segments[k]);
   }
-
-  static Kernel kernel() { return {Base::thread_bytes, Base::project, expand, finish, gradients, nullptr}; }
 };
 
 }  // namespace fastadapt::FA_TARGET::lora_linear

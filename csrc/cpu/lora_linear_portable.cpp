@@ -4,4 +4,4 @@
 #endif
 #define FA_TARGET portable
 #define FA_LANES 8
-#include "lora_linear_product.h"
+#include "lora_linear_kernel.h"

@@ -1,8 +1,6 @@
 // The frozen product where it is not the vendor library's. The branch is part of its sums: the inner dimension is longer by the
 // rank, and no pass over the result comes before or after.
 #pragma once
-#include <type_traits>
-
 #include "lora_linear_columns.h"
 
 namespace fastadapt::FA_TARGET::lora_linear {
@@ -117,7 +115,8 @@ struct Product : Pass<T, W> {
     const int64_t last = least(p.m, rows * (down + 1) * shares / parts * tile_rows<max_vectors>);
     const Rows& from = back ? p.grad_y : p.x;
     const T* at[wide_rows];
-    const int64_t k_stride = back ? p.weight.stride_0 : p.weight.stride_1, n_stride = back ? p.weight.stride_1 : p.weight.stride_0;
+    const Weight& w = p.weight;
+    const int64_t k_stride = back ? w.stride_0 : w.stride_1, n_stride = back ? w.stride_1 : w.stride_0;
     Base::read_columns(p.gain, 0, p.n, t.gain, padded<C>(p.n));
     if (!back) Base::read_columns(p.bias, 0, p.n, t.bias, padded<C>(p.n) + panel_width<C>);
     if (r) Base::read_factor(p, t.factor, 0);
@@ -129,7 +128,7 @@ struct Product : Pass<T, W> {
       for (int64_t k = 0; k < inner; k += t.depth) {
         const int64_t depth = least(t.depth, inner - k);
         const bool ends = k + depth == inner;
-        const T* weight = static_cast<const T*>(p.weight.data) + k * k_stride + c * n_stride;
+        const T* weight = static_cast<const T*>(w.data) + k * k_stride + c * n_stride;
         pack_weight({weight, k_stride, n_stride, depth, n, back && p.gain.data ? t.gain + k : nullptr, nullptr}, t.weight);
         const bool gained = ends && !back && p.gain.data, biased = ends && !back && p.bias.data && (gained || p.joined);
         for (int64_t i = first; i < last; i += wide_rows) {
@@ -145,21 +144,6 @@ struct Product : Pass<T, W> {
       }
     }
   }
-
-  static Kernel kernel() {
-    return {thread_bytes, Base::project, Base::expand, Base::finish, Base::gradients, product};
-  }
 };
 
-template <class T, class W>
-using Best = std::conditional_t<std::is_same_v<T, float> && FA_LANES == 16, Product<T, W>, Pass<T, W>>;
-
 }  // namespace fastadapt::FA_TARGET::lora_linear
-
-namespace fastadapt::lora_linear::FA_TARGET {
-
-Kernel kernel(Dtype dtype, Dtype weight_dtype) {
-  return fastadapt::FA_TARGET::kernel_of<fastadapt::FA_TARGET::lora_linear::Best>(dtype, weight_dtype);
-}
-
-}  // namespace fastadapt::lora_linear::FA_TARGET

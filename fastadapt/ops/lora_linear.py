@@ -23,9 +23,19 @@ def without_autocast(t: Tensor):
     return torch.autocast(t.device.type, enabled=False) if autocasts(t) else contextlib.nullcontext()
 
 
+# ``||weight + lora_b @ lora_a||`` of every row; both are float32, or float64 for float64. On a GPU it is PyTorch's.
+_norms = Leaf(
+    "lora_linear_norms",
+    "(Tensor weight, Tensor lora_a, Tensor lora_b) -> Tensor",
+    lambda weight, lora_a, lora_b: lora_a.new_empty(weight.shape[0]),
+    lambda backend, args: None if args[0].stride(1) == 1 else "supports rows without gaps",
+)
+
+
 def row_norms(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor = 1.0, diagonal: Tensor | None = None
-) -> Tensor:
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float | Tensor = 1.0, diagonal: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """``||weight + scale * lora_b @ diag(diagonal) @ lora_a||`` of every row, without gradient.
 
     A block of rows at a time. To expand the square instead would be as many multiplications, but cancel: where the rows of
@@ -37,6 +47,8 @@ def row_norms(
         # In 16 bits a norm would err as much as the adapter changes it in a step.
         a, b = lora_a.to(wide), lora_b.to(wide)
         b = scale * (b if diagonal is None else b * diagonal)
+        if _norms.choose(backend, weight.device.type, (weight, a, b)) == "native":
+            return _norms.native(weight, a, b.contiguous())
         # 4 MiB of float32 on a CPU, as much as its second-level caches hold; on a GPU 16 MiB: each block is a few launches.
         rows = max(1, (2**20 if weight.is_cpu else 2**22) // max(1, weight.shape[1]))
         sums = (torch.addmm(block.to(wide), update, a) for block, update in zip(weight.split(rows), b.split(rows)))
@@ -72,7 +84,7 @@ def lora_linear_reference(
             y = y.index_put(rows, y[rows] + branch(dropped[rows], *mine))
         y = y.view(shape)
     if magnitude is not None:
-        y = y * cast(magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal))
+        y = y * cast(magnitude / row_norms(weight, lora_a, lora_b, scale, diagonal, "reference"))
     return y if bias is None else y + cast(bias)
 
 

@@ -5,6 +5,7 @@ from .extension import target
 
 PHILOX, CALL = "csrc/cpu/philox.h", "csrc/cpu/lora_linear.cpp"
 ROWS, COLUMNS = "csrc/cpu/lora_linear_rows.h", "csrc/cpu/lora_linear_columns.h"
+NORMS = "csrc/cpu/lora_linear_norms.h"
 
 
 def native(case):
@@ -41,6 +42,10 @@ MUTANTS = (
     Mutant(
         "gradient of x through dropped elements", "missing term", {DROPPED: GRAD.format("x")},
         [(COLUMNS, "Store<T, C>{out, n, p.dropped ? t.drawn : nullptr,", "Store<T, C>{out, n, nullptr,")],
+    ),
+    Mutant(
+        "norms without the update in the last columns", "missing term", {DORA: OUTPUT},
+        [(NORMS, "spilled.tile[t][(c - j) / L] + load_at", "load_at")],
     ),
     Mutant(
         "gradient of the diagonal without scale", "missing term", {native("diagonal"): GRAD.format("diagonal")},
