@@ -7,7 +7,7 @@ using namespace fastadapt::cpu;
 
 enum Gradient { grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_diagonal, grad_gain, gradients };
 
-// The frozen product is the vendor library's; here is all that comes beside it. Rows are worked on in the order of their
+// The frozen product is the vendor library's or `product`; here is all that comes beside it. Rows are worked on in the order of their
 // adapters: position i is row order[i], or row i where there is no bank.
 struct Problem {
   int64_t m = 0, k = 0, n = 0, r = 0;
