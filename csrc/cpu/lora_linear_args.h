@@ -7,14 +7,14 @@ using namespace fastadapt::cpu;
 
 enum Gradient { grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_diagonal, grad_gain, gradients };
 
-// The frozen product is the vendor library's or `product`; here is all that comes beside it. Rows are worked on in the order of their
-// adapters: position i is row order[i], or row i where there is no bank.
+// The frozen product is the vendor library's, or `product`; here is all that comes beside it, too. Rows are worked on in the
+// order of their adapters: position i is row order[i], or row i where there is no bank.
 struct Problem {
   int64_t m = 0, k = 0, n = 0, r = 0;
   Dtype dtype = Dtype::float32, weight_dtype = Dtype::float32;
-  bool backward = false, joined = false;  // joined: the frozen product makes the branch's part of z and grad_x, too
-  double scale = 1, kept_scale = 1;  // kept_scale: of what dropout leaves
-  uint32_t dropped = 0;              // of 65536 elements
+  bool backward = false, joined = false;  // joined: `product` makes the branch's part of z and grad_x, too
+  double scale = 1, kept_scale = 1;       // kept_scale: of what dropout leaves
+  uint32_t dropped = 0;                   // of 65536 elements
   uint64_t seed = 0;
   const int64_t* order = nullptr;
   Rows x, grad_y, saved_z;
@@ -38,7 +38,7 @@ struct Kernel {
   // y = gain * z + bias, after the frozen product.
   void (*finish)(const Problem&, int64_t begin, int64_t end);
   // By columns, the share `part` of `parts` of them: the gradients of the parameters, and dropout((t * scale * diagonal) @ a),
-  // what the frozen product of grad_x is added to. A segment has all rows of its adapter.
+  // what the frozen product of grad_x is added to, unless they are joined. A segment has all rows of its adapter.
   void (*gradients)(const Problem&, void* thread, const Segment*, int64_t segments, int64_t part, int64_t parts);
   // The share `part` of `parts` of the frozen product and all that follows it: z and y, or grad_x. It is added to what is there
   // unless it is joined. Null where it is the vendor's.

@@ -41,7 +41,7 @@ struct Norms : RowPass<T, W> {
   using Base = RowPass<T, W>;
   using C = typename Base::C;
 
-  static int64_t thread_bytes(const Problem& p) { return packed_size<C>(p.r, p.k) * sizeof(C); }
+  static int64_t thread_bytes(const Problem& p) { return round_up(packed_size<C>(p.r, p.k) * sizeof(C), 64); }
 
   // Rows [begin, end).
   static void norms(const Problem& p, void* memory, int64_t begin, int64_t end) {
