@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Most modules of the packages are never imported, so that none is compiled before it is.
+INSTALL := python -m pip install --quiet --no-compile
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 # The tests run in four processes, two at a time, each on one core: what compiles or simulates Triton's kernels and nvcc's; what
@@ -67,13 +69,13 @@ clean:
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet "setuptools>=77" wheel ninja numpy
-	python -m pip install --quiet "$(TORCH)"
+	$(INSTALL) "setuptools>=77" wheel ninja numpy
+	$(INSTALL) "$(TORCH)"
 	touch $@
 
 # The package itself, editable, and the extras that the stamp is named after.
 $(VENV)/.%: pyproject.toml $(VENV)/.torch
-	FASTADAPT_BUILD=none python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	FASTADAPT_BUILD=none $(INSTALL) --no-build-isolation --editable ".[$*]"
 	touch $@
 
 $(VENV)/.native: $(SOURCES) $(VENV)/.torch

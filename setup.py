@@ -14,7 +14,9 @@ stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # one binary for torch 2
 sources = sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
 # g++ 12 takes its own AVX-512 headers to read what isn't set, and notes what has changed since g++ 4.
 quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
-args = {"cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *quiet, *stable]}
+# The kernels are vectors and unrolled loops by hand: with -O3 they are no faster, and take half as long again to compile.
+optimized = ["-O2", "-fpeel-loops", "-funswitch-loops"]
+args = {"cxx": [*optimized, "-g0", "-std=c++17", "-fvisibility=hidden", *quiet, *stable]}
 extension = CppExtension
 if build == "cuda":
     sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))

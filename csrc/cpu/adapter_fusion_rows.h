@@ -91,11 +91,14 @@ struct Pass {
   static FA_INLINE void few_products(int64_t d, const T* row, const T* const* rows, C* out) {
     Vec<C> acc[N] = {};
     for_columns(d, [&](int64_t j, auto vectors, auto columns) FA_FORCED {
+#pragma GCC unroll 4
       for (int64_t v = 0; v < vectors * L; v += L) {
         const Vec<C> x = load_at<C>(row + j, v, columns - v, 1);
+#pragma GCC unroll 4
         for (int64_t i = 0; i < N; ++i) acc[i] += x * load_at<C>(rows[i] + j, v, columns - v, 1);
       }
     });
+#pragma GCC unroll 4
     for (int64_t i = 0; i < N; ++i) out[i * L] = sum<C>(acc[i]);
   }
 
@@ -113,13 +116,17 @@ struct Pass {
       Vec<C> total[V] = {};
       const auto add = [&](int64_t i, auto n) FA_FORCED {
         Vec<C> few[V] = {};
+#pragma GCC unroll 4
         for (int64_t t = i; t < i + n; ++t)
+#pragma GCC unroll 4
           for (int64_t v = 0; v < V; ++v) few[v] += factors[t] * load_at<C>(rows[t] + j, v * L, columns - v * L, 1);
+#pragma GCC unroll 4
         for (int64_t v = 0; v < V; ++v) total[v] += few[v];
       };
       int64_t i = 0;
       for (; i + group <= p.g; i += group) add(i, Constant<group>{});
       if (i < p.g) add(i, p.g - i);
+#pragma GCC unroll 4
       for (int64_t v = 0; v < V; ++v) store_at<C>(out + j, v * L, columns - v * L, total[v]);
     });
   }
@@ -129,6 +136,7 @@ struct Pass {
   static void multiples(const Problem& p, const C* a, const T* x, const C* b, const T* y, T* out) {
     for (int64_t i = 0; i < p.g; ++i, out += p.m * p.d)
       for_columns(p.d, [&](int64_t j, auto vectors, auto columns) FA_FORCED {
+#pragma GCC unroll 4
         for (int64_t v = 0; v < vectors * L; v += L) {
           Vec<C> value = a[i] * load_at<C>(x + j, v, columns - v, 1);
           if constexpr (BOTH) value += b[i] * load_at<C>(y + j, v, columns - v, 1);
