@@ -4,6 +4,7 @@ import contextlib
 import struct
 
 import torch
+from triton import knobs
 from triton.runtime.jit import KernelInterface
 
 from .. import offline
@@ -76,9 +77,26 @@ def flattened(kinds, values):
             yield name, kind, values.get(name)
 
 
+@contextlib.contextmanager
+def up_to_ptx():
+    """Inside, Triton's compiler leaves out the machine code, which nobody runs here; such kernels are cached apart."""
+
+    def hook(backend=None, stages=None, *_):
+        if stages is None:
+            return "up to ptx", "up to ptx"  # for the keys of the caches
+        stages["cubin"] = lambda ptx, metadata: b""
+
+    before, knobs.runtime.add_stages_inspection_hook = knobs.runtime.add_stages_inspection_hook, hook
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = before
+
+
 def prepared(planned, args):
     """The launch that was captured on meta tensors, on the tensors ``args``, and its buffers."""
-    kernel, buffers = offline.compiled(planned), Buffers(Memory())
+    with up_to_ptx():
+        kernel, buffers = offline.compiled(planned), Buffers(Memory())
     values = dict(zip(planned.kernel.arg_names, args)) | planned.kwargs
     arguments = []
     for name, kind, value in flattened(kernel.src.signature, values):
