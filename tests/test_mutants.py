@@ -57,6 +57,7 @@ def workshop(tmp_path_factory):
     workshop.close()
 
 
+@pytest.mark.short  # `make mutants` plants all
 @pytest.mark.parametrize("mutant", QUICK)
 def test_a_planted_error_is_seen(workshop, mutant):
     assert (reason := workshop.survives(mutant)) is None, reason

@@ -145,7 +145,9 @@ class Planted:
         ]
 
 
-both_runs = pytest.mark.parametrize("once", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["short", "full"])
+both_runs = pytest.mark.parametrize(
+    "once", [pytest.param(True, marks=pytest.mark.short, id="short"), pytest.param(False, marks=pytest.mark.slow, id="full")]
+)
 
 
 @both_runs

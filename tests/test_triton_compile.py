@@ -35,6 +35,7 @@ def check(op, chip, calls, everything):
         pytest.skip(f"registers unchecked: the budgets are of {budget['compiler']}, this is {offline_gate.COMPILER}")
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("op, chip", QUICK)
 def test_compiles_and_fits(op, chip):
     check(op, chip, [call for call in SPECS[op].compiled if chip in call.quick], everything=False)

@@ -82,9 +82,9 @@ def up_to_ptx():
     """Inside, Triton's compiler leaves out the machine code, which nobody runs here; such kernels are cached apart."""
 
     def hook(backend=None, stages=None, *_):
-        if stages is None:
-            return "up to ptx", "up to ptx"  # for the keys of the caches
-        stages["cubin"] = lambda ptx, metadata: b""
+        if stages is not None:
+            stages["cubin"] = lambda ptx, metadata: b""
+        return "up to ptx", "up to ptx"  # for the keys of the caches, when it is called without stages
 
     before, knobs.runtime.add_stages_inspection_hook = knobs.runtime.add_stages_inspection_hook, hook
     try:
