@@ -194,7 +194,7 @@ LEFT = {
     "hook": (lambda: with_a_hook("adapter_up"), "hooks in it"),
     "own-hook": (lambda: with_a_hook(None), "its forward has been replaced, or has hooks"),
     "forward": (replaced, "its forward has been replaced, or has hooks"),
-    "lora": (lambda: build(adapters.LoRAConfig()), "no kernel for LoRALinearTorch"),
+    "ia3": (lambda: build(adapters.IA3Config()), "no kernel for IA3"),
 }
 
 

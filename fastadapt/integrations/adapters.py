@@ -7,17 +7,18 @@ import torch
 from adapters.methods import modeling
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.lora import LoRALayer
 from adapters.methods.prefix_tuning import PrefixTuningLayer
 from adapters.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
-from . import Row, adapters_fusion, adapters_prefix
+from . import Row, adapters_fusion, adapters_lora, adapters_prefix
 from .adapters_bottleneck import adapted, alone, draws, random, refused
 from .adapters_modules import from_adapters, shared_rule, to_adapters
 
 __all__ = ["LAYERS", "accelerate", "from_adapters", "restore", "save_adapter", "shared_rule", "to_adapters"]
 
-LAYERS = "bottleneck and Compacter adapters, their fusion, and prefixes of adapters"
+LAYERS = "bottleneck and Compacter adapters, their fusion, LoRA on linear layers, and prefixes of adapters"
 
 
 class _Fused:
@@ -52,6 +53,7 @@ class ParallelAdapter(_Fused, modeling.ParallelAdapter):
         return None
 
 
+_PARTS = (adapters_fusion, adapters_lora, adapters_prefix)
 _OURS = {modeling.Adapter: Adapter, modeling.ParallelAdapter: ParallelAdapter}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
@@ -72,7 +74,7 @@ def _others(model: nn.Module) -> list[Row]:
     """Layers of the library's other methods."""
     rows = []
     for name, module in model.named_modules():
-        other = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer | PrefixTuningLayer)
+        other = isinstance(module, AdapterLayerBase) and not isinstance(module, BottleneckLayer | LoRALayer | PrefixTuningLayer)
         if other and len(module.adapter_modules):
             rows.append(Row(name, "left", f"no kernel for {type(module).__name__}"))
     return rows
@@ -107,8 +109,7 @@ def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
             "share; fastadapt.integrations.adapters.save_adapter writes it too",
             stacklevel=4,
         )
-    parts = (adapters_fusion, adapters_prefix)
-    return rows + [row for part in parts for row in part.accelerate(model, backend)] + _others(model)
+    return rows + [row for part in _PARTS for row in part.accelerate(model, backend)] + _others(model)
 
 
 def restore(model: nn.Module) -> None:
@@ -118,7 +119,7 @@ def restore(model: nn.Module) -> None:
             module.__class__ = _THEIRS[type(module)]
             for name in ("_fastadapt_backend", "_fastadapt_config"):
                 module.__dict__.pop(name, None)
-    for part in (adapters_fusion, adapters_prefix):
+    for part in _PARTS:
         part.restore(model)
 
 

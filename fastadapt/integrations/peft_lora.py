@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .._dense import is_packed
 from ..nn.lora import is_falcons
+from ..ops.dropout import LARGEST
 from ..ops.lora_linear import autocasts, lora_linear, row_norms, without_autocast
 
 # Layers whose product is x @ weight.T, or x @ weight where that is True.
 TRANSPOSED = {nn.Linear: False, NonDynamicallyQuantizableLinear: False, Conv1D: True}
 NARROW = (torch.float16, torch.bfloat16)
-_LARGEST_DROPOUT = 65535 / 65536
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -66,7 +66,7 @@ def operands(layer, name: str) -> tuple | str:
     if a is None or b is None or b.dtype is not a.dtype or (magnitude is not None and bias is not None):
         return "weights elsewhere or of two dtypes, or DoRA with a bias"
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    if type(dropout) not in (nn.Dropout, nn.Identity) or p > _LARGEST_DROPOUT:
+    if type(dropout) not in (nn.Dropout, nn.Identity) or p > LARGEST:
         return f"dropout {dropout}"
     return a, b, bias, layer.scaling[name], p, magnitude
 

@@ -20,6 +20,10 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
+# A greater rate leaves nothing.
+LARGEST = 65535 / 65536
+
+
 def kept_scale(p: float) -> float:
     """What keeps the expectation: the inverse of the probability that an element stays."""
     return 65536 / (65536 - threshold(p))

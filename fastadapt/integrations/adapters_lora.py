@@ -1,0 +1,92 @@
+"""LoRA of the library ``adapters`` on ``lora_linear``: its parameters, its state, its output."""
+
+from adapters import Stack
+from adapters.methods import lora
+from torch import Tensor, nn
+
+from ..ops.dropout import LARGEST
+from ..ops.lora_linear import autocasts, lora_linear
+from . import Row
+
+
+class LoRALinear(lora.LoRALinearTorch):
+    """``adapters.methods.lora.LoRALinearTorch`` on kernels."""
+
+    _fastadapt_backend = None
+
+    def forward(self, input_states: Tensor) -> Tensor:
+        y = None if self.merged else _adapted(self, input_states)
+        return super().forward(input_states) if y is None else y
+
+
+def _refused(part: nn.Module) -> str | None:
+    """Why no kernel can compute the LoRA of one adapter, or None."""
+    if type(part) is not lora.LoRA:
+        return f"no kernel for {type(part).__name__}"
+    for option in ("use_gating", "use_dora"):
+        if getattr(part, option):
+            return option
+    dropout = part._modules.get("lora_dropout")  # a function where there is none
+    if dropout is not None and (type(dropout) is not nn.Dropout or dropout.p > LARGEST):
+        return f"dropout {dropout}"
+    return "hooks in it" if any(_hooked(module) for module in part.modules()) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def _active(layer: nn.Module) -> nn.Module | None:
+    """The LoRA that is active in the layer if it is the only one, and nothing but single adapters are."""
+    setup = layer.get_active_setup()
+    if type(setup) is not Stack or any(type(child) is not str for child in setup):
+        return None
+    names = [name for name in setup if name in layer.loras]
+    return layer.loras[names[0]] if len(names) == 1 else None
+
+
+def _adapted(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The layer with its adapter; None where its own class has to compute that."""
+    part = _active(layer)
+    if part is None or _refused(part) is not None or part.lora_A.dtype is not part.lora_B.dtype:
+        return None
+    if layer.weight.dtype is not part.lora_A.dtype or not (x.dtype is layer.weight.dtype or autocasts(x)):
+        return None
+    dropout = part._modules.get("lora_dropout")
+    return lora_linear(
+        x, layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias, part.lora_A, part.lora_B, scale=part.scaling,
+        dropout_p=dropout.p if dropout is not None and dropout.training else 0.0, backend=layer._fastadapt_backend,
+    )  # fmt: skip
+
+
+def _examined(layer: nn.Module, part: nn.Module) -> tuple[str, str]:
+    """State and reason of one adapter in a layer of the library."""
+    if type(layer) not in (lora.LoRALinearTorch, LoRALinear):
+        return "left", f"no kernel for {type(layer).__name__}"
+    if "forward" in vars(layer):
+        return "left", "its forward has been replaced"
+    reason = _refused(part)
+    return ("left", reason) if reason else ("accelerated", "")
+
+
+def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
+    """Swap the classes of the layers in which the kernel serves a LoRA."""
+    rows = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, lora.LoRALayer):
+            continue
+        own = [Row(f"{path}.loras.{name}", *_examined(layer, part)) for name, part in layer.loras.items()]
+        rows += own
+        if any(row.state != "left" for row in own):
+            layer.__class__, layer._fastadapt_backend = LoRALinear, backend
+    return rows
+
+
+def restore(model: nn.Module) -> None:
+    """Give every layer its class back."""
+    for module in model.modules():
+        if type(module) is LoRALinear:
+            module.__class__ = lora.LoRALinearTorch
+            module.__dict__.pop("_fastadapt_backend", None)
