@@ -47,7 +47,7 @@ def moved(model):
 
 
 def layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, lora.LoRALinear) and module.loras}
+    return {name: module for name, module in model.named_modules() if isinstance(module, lora.LoRALayer) and module.loras}
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def calls(monkeypatch):
 
 
 def assert_same_logits(fast, library):
-    drawn = batch()
-    torch.testing.assert_close(fast(**drawn).logits, library(**drawn).logits)
+    ids = batch()["input_ids"]
+    torch.testing.assert_close(fast(ids).logits, library(ids).logits)
 
 
 @pytest.mark.parametrize("dtype, autocast", KINDS.values(), ids=KINDS)
@@ -78,27 +78,38 @@ def test_equals_the_library(calls, config, dtype, autocast):
     assert len(calls) % len(layers(library)) == 0 and calls[0]["scale"] == config.alpha / config.r
 
 
-def decoder(model, **options):
+def decoder(model, config=CONFIGS["everywhere"]):
     adapters.init(model)
-    model.add_adapter("a", config=adapters.LoRAConfig(r=4, **EVERYWHERE))
+    model.add_adapter("a", config=config)
     model.train_adapter("a")
     return moved(model).to(DEVICE)
 
 
-def test_decoders():
-    """GPT-2 keeps its weights transposed, and q, k and v in one layer."""
+def test_a_decoder():
     library = decoder(LlamaForCausalLM(LlamaConfig(**sizes())))
     fast, report = accelerated(library)
     assert len(report.accelerated) == len(layers(library)) > 0 and not report.left
     assert_equal_outcomes(fast, library, of_models, lambda: [(ids, ids) for ids, _ in sequences(3)])
+
+
+@pytest.mark.parametrize("matrices", ["q", "qv", "kv", "qkv"])
+def test_q_k_and_v_in_one_layer(calls, matrices):
+    """GPT-2's, which keeps its weights transposed too."""
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    library = decoder(GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=2, vocab_size=50, n_positions=32, **still)))
+    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=2, vocab_size=50, n_positions=32, **still))
+    library = decoder(model, adapters.LoRAConfig(r=4, attn_matrices=list(matrices), intermediate_lora=True))
     fast, report = accelerated(library)
-    assert len(report.accelerated) == 4 and all(layer.fan_in_fan_out for layer in layers(fast).values())
-    assert {(row.module.rsplit(".", 3)[1], row.reason) for row in report.rows if row.state == "left"} == {
-        ("c_attn", "no kernel for LoRAMergedLinear")
-    }
+    assert len(report.accelerated) == 4 and not report.left
+    assert all(layer.fan_in_fan_out for layer in layers(fast).values())
     assert_equal_outcomes(fast, library, of_models, lambda: [(ids, ids) for ids, _ in sequences(3)])
+    assert len(calls) % 4 == 0 and calls
+    fast.eval().merge_adapter("a")
+    library.eval().merge_adapter("a")
+    calls.clear()
+    assert_same_logits(fast, library)
+    assert not calls
+    fastadapt.restore(fast)
+    assert {type(layer) for layer in layers(fast).values()} == {lora.LoRAMergedLinear, lora.LoRALinearTorch}
 
 
 def test_dropout_is_that_of_the_adapter(calls):
