@@ -329,6 +329,18 @@ def test_bits_do_not_depend_on_the_number_of_threads(chosen):
     numerics.threads_change_no_bit(SPEC, chosen, torch.float32)
 
 
+@pytest.mark.parametrize("options", [{"p": 0}, {"gate": "drawn"}], ids=["without-prefix", "gate"])
+@kernels
+def test_a_softmax_over_one_key_has_no_gradient_but_rounding_errors(backend, options):
+    """Its weight is 1 whatever its score is: what kernels take from ``grad_y @ v`` is ``grad_y @ y``, and both are rounded."""
+    a = call(t=35, lengths=[1, 1], **options)
+    grad_y, v = torch.randn_like(a["q"]), a["v"][:, :, :1]
+    results = run(SPEC.op, a, grad_y, backend=backend)
+    terms = ((results["y"].abs() + v.abs()) * grad_y.abs()).sum(-1, keepdim=True) * a["q"].abs() * a["q"].shape[-1] ** -0.5
+    grad_k, bound = results["k"], 2 * torch.finfo(torch.float32).eps * terms.sum(2)
+    assert (grad_k[:, :, 0].abs() <= bound).all() and not grad_k[:, :, 1:].any()
+
+
 @pytest.mark.parametrize("gate", [False, "drawn"])
 @kernels
 def test_what_is_kept_for_backward_is_q_k_v_y_and_a_number_a_query(backend, gate):
