@@ -87,7 +87,7 @@ def test_usual_target_stays_in_bounds(sanitize, op, case, dtype):
     sanitize(op, "address", USUAL, threads=2, schedules=2)(case, dtype)
 
 
-# The target "amx" differs from "avx512" in bfloat16 alone.
+# The kernels of "amx" differ from those of "avx512" in bfloat16 alone.
 EVERY = [(target, dtype) for target in TARGETS for dtype in DTYPES[:2] if target != "amx" or dtype == torch.bfloat16]
 # Against pages: the usual target, and the one whose loads no sanitizer sees.
 PAGES = (("undefined", USUAL, torch.float32), ("undefined", USUAL, torch.bfloat16), ("thread", "amx", torch.bfloat16))

@@ -10,6 +10,8 @@ import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..gpuless.sanitized import missing
+
 ROOT = Path(__file__).parents[2]
 # Kind -> its source, by the name of the op; "op" is what PyTorch and the caller see of the kernels.
 KINDS = {"op": "fastadapt/ops/{}.py", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu", "cpu": "csrc/cpu/{}.cpp"}
@@ -80,6 +82,7 @@ class Rung:
     interpret: bool = False  # TRITON_INTERPRET=1
     plugins: tuple = ()  # of pytest
     edits: tuple = ()  # that make it cheap; with and without the error
+    target: str = "portable"  # the instruction set that it takes, as in gpuless.sanitized
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ class Mutant:
     seen: dict  # Rung -> regular expression
     edits: tuple
     fast: bool = False
+
+    def missing(self) -> str:
+        """Why this processor can't show the error, or an empty string."""
+        return next(filter(None, (missing(rung.target) for rung in self.seen)), "")
 
 
 def table() -> dict:

@@ -5,7 +5,7 @@ from .extension import target
 
 PHILOX, CALL = "csrc/cpu/philox.h", "csrc/cpu/lora_linear.cpp"
 ROWS, COLUMNS = "csrc/cpu/lora_linear_rows.h", "csrc/cpu/lora_linear_columns.h"
-NORMS = "csrc/cpu/lora_linear_norms.h"
+NORMS, PRODUCT = "csrc/cpu/lora_linear_norms.h", "csrc/cpu/lora_linear_product.h"
 
 
 def native(case):
@@ -17,6 +17,11 @@ def native(case):
 
 def sanitized(select):
     return Rung("tests/test_cpu_sanitized.py", f"lora_linear-{select}", plugins=("tests.mutants.objects_plugin",))
+
+
+def own_product(case):
+    selected = f"lora_linear-{case}-avx512-float32 and test_stays_in_bounds"
+    return Rung("tests/test_cpu_sanitized.py", selected, plugins=("tests.mutants.objects_plugin",), target="avx512")
 
 
 DROPPED, DORA, BANK = native("dropout"), native("dora-with-everything"), native("bank-with-everything")
@@ -94,6 +99,14 @@ MUTANTS = (
             "const int64_t r = s.adapter < 0 ? 0 : p.r;\n      if (r) Base::read_factor",
             "const int64_t r = p.r;\n      if (s.adapter >= 0) Base::read_factor",
         )],
+    ),
+    Mutant(
+        "own product: without the branch in its sums", "missing term", {own_product("m33-d65-r17"): OUTPUT},
+        [(PRODUCT, "finish{ends ? r : 0,", "finish{0,")],
+    ),
+    Mutant(
+        "own product: a bias where the branch has left one", "missing term", {own_product("bank-with-everything"): OUTPUT},
+        [(PRODUCT, "p.bias.data && (gained || p.joined);", "p.bias.data;")],
     ),
     Mutant(
         "gradients of an adapter without rows left as they were", "uninitialised memory",

@@ -17,7 +17,7 @@ def native(case, test="test_ops.py", select="test_matches_reference"):
 def amx(case, test="test_stays_in_bounds"):
     """On a processor with AMX."""
     selected = f"prefix_attention-{case}-amx and {test}"
-    return Rung("tests/test_cpu_sanitized.py", selected, plugins=("tests.mutants.objects_plugin",))
+    return Rung("tests/test_cpu_sanitized.py", selected, plugins=("tests.mutants.objects_plugin",), target="amx")
 
 
 SANITIZED = Rung(

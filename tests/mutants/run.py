@@ -152,28 +152,32 @@ def main():
         for name, mutant in chosen.items()
         if (mutant.fast or not options.fast) and (not options.names or any(word in name for word in options.names))
     }
-    survivors = []
+    outcomes = {"seen": [], "skipped": [], "SURVIVES": []}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         workshop = Workshop(folder, mutants=chosen.values())
 
         def verdict(mutant):
             start = time.time()
+            if reason := mutant.missing():
+                return "skipped", reason, 0.0
             try:
                 reason = workshop.survives(mutant)
             except ValueError as error:  # the sources have moved on
                 reason = str(error)
-            return reason, time.time() - start
+            return "seen" if reason is None else "SURVIVES", reason, time.time() - start
 
-        for name, (reason, seconds) in zip(chosen, pool.map(verdict, chosen.values())):
-            print(f"{'seen' if reason is None else 'SURVIVES':9}{seconds:6.1f} s  {name}", flush=True)
+        for name, (outcome, reason, seconds) in zip(chosen, pool.map(verdict, chosen.values())):
+            print(f"{outcome:9}{seconds:6.1f} s  {name}", flush=True)
+            outcomes[outcome].append(name)
             if reason:
-                survivors.append(name)
                 print(reason)
         workshop.close()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} errors seen in {used.ru_utime + used.ru_stime:.0f} s of processors")
+    seen, skipped, survivors = outcomes.values()
+    seconds = used.ru_utime + used.ru_stime
+    print(f"{len(seen)} of {len(chosen)} errors seen in {seconds:.0f} s of processors, {len(skipped)} skipped")
     print("".join(f"  not seen: {name}\n" for name in survivors), end="")
-    sys.exit(1 if survivors or not chosen else 0)
+    sys.exit(1 if survivors or not seen else 0)
 
 
 if __name__ == "__main__":
