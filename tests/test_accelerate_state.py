@@ -241,6 +241,24 @@ def left(kind):
     return model, "in part", "adapter 'adapter1': Linear in it, or hooks"
 
 
+def test_attention_of_pytorch_is_left():
+    """What the report says of it is so."""
+    model, x = nn.Sequential(), torch.randn(2, 5, 16, device=DEVICE)
+    model.target, model.other = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+    expected = copy.deepcopy(model.target).to(DEVICE)
+    model = randomised(peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["target", "other"])))
+    report, attention = fastadapt.accelerate(model.to(DEVICE)), model.base_model.model.target
+    assert report.accelerated == ["base_model.model.other"]
+    whole, projection = report.rows[:2]
+    assert whole.reason == "no kernel for lora.MultiheadAttention, which adds the update of its output projection twice"
+    assert projection.module == "base_model.model.target.base_layer.out_proj"
+    assert projection.reason == "its attention only reads its weight"
+    with torch.no_grad():
+        expected.in_proj_weight += attention.get_delta_weight("default")
+        expected.out_proj.weight += 2 * attention.base_layer.out_proj.get_delta_weight("default")
+        torch.testing.assert_close(attention(x, x, x)[0], expected(x, x, x)[0])
+
+
 @pytest.mark.parametrize("kind", ["conv2d", "ia3", "hook", "subclass", "variant", "one of two"])
 def test_what_is_not_covered_is_left_and_named(kind):
     library, state, reason = left(kind)

@@ -5,6 +5,7 @@ from types import MethodType
 
 import torch
 from peft.tuners import loha, lokr, lora
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.lora.torchao import TorchaoLoraLinear as PeftTorchaoLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -121,6 +122,8 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 def _examined(layer) -> tuple[str, str]:
     """State and reason of a layer of the library."""
     kind = type(layer)
+    if kind is MultiheadAttention:
+        return "left", "no kernel for lora.MultiheadAttention, which adds the update of its output projection twice"
     if _OURS.get(_THEIRS.get(kind, kind)) is None:
         return "left", f"no kernel for {kind.__module__.rpartition('.')[0].removeprefix('peft.tuners.')}.{kind.__name__}"
     if "forward" in vars(layer) and not _behind_hook(layer):
@@ -151,7 +154,11 @@ def _swap(layer, kind: type) -> None:
 def accelerate(model: nn.Module, backend: str | None) -> list[Row]:
     """Swap the classes of the layers that kernels serve."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    rows = [Row(name, *_examined(module)) for name, module in layers.items()]
+    read = {module.base_layer.out_proj for module in layers.values() if isinstance(module, MultiheadAttention)}
+    rows = [
+        Row(name, "left", "its attention only reads its weight") if module in read else Row(name, *_examined(module))
+        for name, module in layers.items()
+    ]
     for row in rows:
         layer = layers[row.module]
         if row.state != "left":
