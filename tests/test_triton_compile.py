@@ -42,6 +42,17 @@ def test_compiles_and_fits(op, chip):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", SPECS)
+def test_a_twin_is_what_triton_compiles(op):
+    launch = offline_gate.launches(SPECS[op], SPECS[op].compiled[0], 86)[0][-1]
+    for chip in offline_gate.TWINS:
+        with offline.target(chip):
+            kernel = offline.compiled(launch)
+        twin = offline_gate.compiled_for(launch, chip)
+        assert twin.asm["ptx"] == kernel.asm["ptx"] and inspect([twin]) == inspect([kernel])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", offline.CHIPS)
 @pytest.mark.parametrize("op", SPECS)
 def test_every_configuration_compiles_and_fits(op, chip):

@@ -9,10 +9,12 @@ import contextlib
 import itertools
 import math
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import triton
+from triton.compiler.compiler import make_backend
 
 from .configurations import tables, taken
 from .offline import CHIPS, Launch, captured, compiled, target
@@ -23,6 +25,8 @@ COMPILER = f"triton {triton.__version__}"
 # before it and loads it behind it, or loads a value that the loop doesn't change in each round. That much is worth it; a tile
 # that doesn't fit its registers spills hundreds of bytes and dozens of instructions.
 STACK, RELOADS = 16, 1
+# Of these chips Triton makes the same PTX as of those, and ptxas alone runs for each.
+TWINS = {89: 86}
 
 
 class Build(NamedTuple):
@@ -65,6 +69,20 @@ def places(spec, call, chip, known: set):
     return range(max(len(tables()[name][key]) for name, key in new)) if new else (None,)
 
 
+def compiled_for(launch, chip):
+    """The launch compiled for ``chip``, as far as the gate reads it."""
+    twin = TWINS.get(chip, chip)
+    with target(twin):
+        kernel = compiled(launch)
+    if twin == chip:
+        return kernel
+    gpu, ptx = CHIPS[chip].target, kernel.asm["ptx"].replace(f".target sm_{twin}", f".target sm_{chip}")
+    cubin = make_backend(gpu).make_cubin(ptx, {}, kernel.metadata, chip)
+    return SimpleNamespace(
+        hash=kernel.hash, asm={**kernel.asm, "ptx": ptx, "cubin": cubin}, metadata=kernel.metadata._replace(target=gpu)
+    )
+
+
 def builds(spec, chip, calls, everything=True):
     """The distinct Builds of ``calls``, and the entries of the tables that they cover."""
     found, covered, known = [], set(), set()
@@ -77,8 +95,7 @@ def builds(spec, chip, calls, everything=True):
             launched, entries = launches(spec, call, chip, place)
             covered |= entries
             for launch in launched:
-                with target(chip):
-                    kernel = compiled(launch)
+                kernel = compiled_for(launch, chip)
                 if kernel.hash not in hashes:
                     hashes.add(kernel.hash)
                     found.append((call, launch, kernel))
