@@ -10,8 +10,6 @@ import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..gpuless.sanitized import missing
-
 ROOT = Path(__file__).parents[2]
 # Kind -> its source, by the name of the op; "op" is what PyTorch and the caller see of the kernels.
 KINDS = {"op": "fastadapt/ops/{}.py", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu", "cpu": "csrc/cpu/{}.cpp"}
@@ -97,6 +95,8 @@ class Mutant:
 
     def missing(self) -> str:
         """Why this processor can't show the error, or an empty string."""
+        from ..gpuless.sanitized import missing  # with fastadapt, which extension_plugin imports its way
+
         return next(filter(None, (missing(rung.target) for rung in self.seen)), "")
 
 
