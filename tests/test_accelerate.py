@@ -11,7 +11,7 @@ import fastadapt
 from fastadapt.ops import dropout
 
 from .accuracy import assert_within_reference_error
-from .test_nn import DEVICE, pooled
+from .test_nn import DEVICE, pooled, spied
 from .test_peft_library import BASES, VOCAB, K, N, R
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
@@ -111,15 +111,7 @@ def assert_equal_outcomes(fast, library, base="linear", dtype=torch.float32, aut
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The keyword arguments of each call of lora_linear."""
-    seen = []
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs)
-        return fastadapt.lora_linear(*args, **kwargs)
-
-    monkeypatch.setattr(peft_lora, "lora_linear", spy)
-    return seen
+    return spied(monkeypatch, peft_lora, "lora_linear")
 
 
 def dropped(expected, x, p, training=True, inplace=False):

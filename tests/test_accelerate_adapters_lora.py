@@ -7,7 +7,7 @@ import torch
 
 import fastadapt
 
-from .test_nn import DEVICE
+from .test_nn import DEVICE, spied
 
 adapters = pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
 
@@ -52,15 +52,7 @@ def layers(model):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The keyword arguments of each call of the op."""
-    seen = []
-
-    def spy(*args, **kwargs):
-        seen.append(kwargs)
-        return fastadapt.lora_linear(*args, **kwargs)
-
-    monkeypatch.setattr(ours, "lora_linear", spy)
-    return seen
+    return spied(monkeypatch, ours, "lora_linear")
 
 
 def assert_same_logits(fast, library):

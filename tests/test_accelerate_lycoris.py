@@ -15,7 +15,7 @@ from . import rounding
 from .accuracy import assert_within_reference_error, excess
 from .test_accelerate import outcome, target
 from .test_accelerate_state import snapshot
-from .test_nn import DEVICE, pooled
+from .test_nn import DEVICE, pooled, spied
 from .test_peft_library import K, N
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
@@ -72,20 +72,7 @@ def inputs(draws=1, dtype=torch.float32):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The keyword arguments of each call of kron_linear or lora_linear."""
-    seen = []
-
-    def spied(op):
-        @functools.wraps(op)
-        def spy(*args, **kwargs):
-            seen.append(kwargs)
-            return op(*args, **kwargs)
-
-        return spy
-
-    for name in ("kron_linear", "lora_linear"):
-        monkeypatch.setattr(peft_lycoris, name, spied(getattr(peft_lycoris, name)))
-    return seen
+    return spied(monkeypatch, peft_lycoris, "kron_linear", "lora_linear")
 
 
 def outcomes(fast, library, x, grad_y, autocast):

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import io
 import subprocess
 import sys
@@ -65,6 +66,23 @@ def gradients(fn, module, grad_y, *inputs):
     y = fn(module, *inputs)
     values = torch.autograd.grad(y, [*inputs, *parameters.values()], grad_y.to(y.dtype))
     return dict(zip(["y", *(f"input {i}" for i in range(len(inputs))), *parameters], (y.detach(), *values)))
+
+
+def spied(monkeypatch, module, *names):
+    """The keyword arguments of each call of the functions ``names`` of ``module``, from here on."""
+    seen = []
+
+    def spy(op):
+        @functools.wraps(op)
+        def call(*args, **kwargs):
+            seen.append(kwargs)
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    return seen
 
 
 def pooled(run, *inputs):

@@ -27,6 +27,12 @@ class Row(NamedTuple):
     reason: str = ""
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
 @dataclass(frozen=True)
 class Report:
     """The layers of adapter libraries in a model; as text a table in which layers that differ in their number are one line."""

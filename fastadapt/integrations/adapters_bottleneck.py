@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from ..ops.bottleneck import bottleneck
 from ..ops.compacter import compacter, kron_sum, product
 from ..ops.lora_linear import autocasts, without_autocast
+from . import hooked
 from .adapters_modules import ACTIVATIONS
 
 _NARROW = (torch.float16, torch.bfloat16)
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
 
 
 def refused(layer) -> str | None:
@@ -40,7 +35,7 @@ def refused(layer) -> str | None:
         return f"{', '.join(kind.__name__ for kind in kinds)} in it"
     if type(down) is not nn.Linear and type(down) is not PHMLayer:
         return f"{type(down).__name__} in it"
-    if any(map(_hooked, (sequence, *norm, down, activation, activation.f, up, modules["dropout"]))):
+    if any(map(hooked, (sequence, *norm, down, activation, activation.f, up, modules["dropout"]))):
         return "hooks in it"
     return None
 

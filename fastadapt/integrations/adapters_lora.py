@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.dropout import LARGEST
 from ..ops.lora_linear import autocasts, lora_linear
-from . import Row
+from . import Row, hooked
 
 
 class _Fused:
@@ -44,13 +44,7 @@ def _refused(part: nn.Module) -> str | None:
         return f"dropout {dropout}"
     if not any(getattr(part, "enable_lora", (True,))):
         return "neither q, k nor v in it"
-    return "hooks in it" if any(_hooked(module) for module in part.modules()) else None
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
+    return "hooks in it" if any(hooked(module) for module in part.modules()) else None
 
 
 def _active(layer: nn.Module) -> nn.Module | None:

@@ -1,12 +1,10 @@
 """The compilation gate: every launch of the calls in an op's spec, compiled for one chip, and the faults of its machine code.
 
-The first call of a dtype and rank goes through all tiles of the tables it meets; the other calls are compiled as launched, in
-turns over the chips.
+The first call of a dtype and rank goes through all tiles of the tables it meets; the other calls are compiled as launched.
 """
 
 import collections
 import contextlib
-import itertools
 import math
 import re
 from types import SimpleNamespace
@@ -86,12 +84,9 @@ def compiled_for(launch, chip):
 def builds(spec, chip, calls, everything=True):
     """The distinct Builds of ``calls``, and the entries of the tables that they cover."""
     found, covered, known = [], set(), set()
-    turns = itertools.cycle(range(3))
     for call in calls:
-        hashes, chosen = set(), places(spec, call, chip, known) if everything else (None,)
-        if everything and chosen == (None,) and next(turns) != list(CHIPS).index(chip) % 3 and chip not in call.quick:
-            continue
-        for place in chosen:
+        hashes = set()
+        for place in places(spec, call, chip, known) if everything else (None,):
             launched, entries = launches(spec, call, chip, place)
             covered |= entries
             for launch in launched:
