@@ -165,7 +165,7 @@ struct AmxPass : Pass<BFloat16, W> {
     for (int64_t begin = seg.begin; begin < seg.end; begin += block) {
       begin_block(p, begin, least(block, seg.end - begin), s, b, left);
       amx::down(scope, left, b.n, p.d, w.down, p.r, w.down_bias, s.hidden.z, width);
-      Base::activate(p, b.n * width, s.hidden.z, c.hidden_skip);
+      activate(p, b.n * width, s.hidden.z, c.hidden_skip);
       amx::round_rows(s.hidden.z, width, b.n, p.r, s.a);
       amx::Epilogue e;
       e.col_mul = c.scale;
@@ -215,7 +215,7 @@ struct AmxPass : Pass<BFloat16, W> {
       if (needs_hidden(p)) {
         amx::down(scope, left, b.n, p.d, w.down, p.r, w.down_bias, s.hidden.z, width);
         if (needs_grad_a(p)) amx::down(scope, b.grad_y, b.n, p.d, w.up_back, p.r, nullptr, s.hidden.grad_a, width);
-        Base::hidden_gradients(p, b.n, s.hidden, c.hidden_skip, q);
+        hidden_gradients(p, b.n, s.hidden, c.hidden_skip, q);
       }
       for (int64_t i = 0; k.mean && i < b.n; ++i) k.mean[at + i] = s.mean[i], k.rstd[at + i] = s.hidden.rstd[i];
       if (k.a) amx::transpose_round(s.hidden.a, width, b.n, kept_rows(p), needs_sums(p), k.a + at, lda);

@@ -102,14 +102,14 @@ struct AmxColumns : AmxReduce<W> {
     const int64_t width = padded<C>(p.r), lda = round_up(p.m, 32);
     if (needs_hidden(p)) add_chunks(p, s.z_chunks, s.adapter.down_bias, s.hidden.z);
     if (!p.backward) {
-      Base::activate(p, p.m * width, s.hidden.z, s.common.hidden_skip);
+      activate(p, p.m * width, s.hidden.z, s.common.hidden_skip);
       return amx::round_rows(s.hidden.z, width, p.m, p.r, s.a);
     }
     const typename Base::Kept k = Base::kept(p, part);
     const Partial<C> q = Base::sums_of(k);
     for (int64_t j = 0; j < width; ++j) q.down_bias[j] = q.hidden_skip[j] = 0;
     if (needs_grad_a(p)) add_chunks(p, s.grad_a_chunks, nullptr, s.hidden.grad_a);
-    if (needs_hidden(p)) Base::hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
+    if (needs_hidden(p)) hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
     if (k.a) amx::transpose_round(s.hidden.a, width, p.m, Base::kept_rows(p), Base::needs_sums(p), k.a, lda);
     if (k.grad_z) amx::transpose_round(s.hidden.grad_a, width, p.m, p.r, false, k.grad_z, lda);
     if (p.wants[grad_x]) amx::round_rows(s.hidden.grad_a, width, p.m, p.r, s.a);

@@ -159,7 +159,7 @@ struct Columns : Reduce<T, W> {
         for (int64_t j = 0; j < width; j += lanes<C>)
           store(h.z + i * width + j, load<C>(h.z + i * width + j) + load<C>(s.adapter.down_bias + j));
       if (!p.backward) {
-        Base::activate(p, n * width, h.z, s.common.hidden_skip);
+        activate(p, n * width, h.z, s.common.hidden_skip);
         continue;
       }
       h.a = s.hidden.a + row * width;
@@ -168,7 +168,7 @@ struct Columns : Reduce<T, W> {
       q.down_bias = s.sums + row / row_block * 2 * width;
       q.hidden_skip = q.down_bias + width;
       for (int64_t j = 0; j < 2 * width; ++j) q.down_bias[j] = 0;
-      Base::hidden_gradients(p, n, h, s.common.hidden_skip, q);
+      hidden_gradients(p, n, h, s.common.hidden_skip, q);
     }
   }
 
@@ -191,7 +191,7 @@ struct Columns : Reduce<T, W> {
     const Shared s = layout(p, shared);
     if (few(p) && needs_hidden(p)) add_chunks(p, s.z_chunks, s.adapter.down_bias, s.hidden.z);
     if (!p.backward) {
-      if (few(p)) Base::activate(p, hidden_size(p), s.hidden.z, s.common.hidden_skip);
+      if (few(p)) activate(p, hidden_size(p), s.hidden.z, s.common.hidden_skip);
       return;
     }
     const Partial<C> q = Base::partial(p, part);
@@ -199,7 +199,7 @@ struct Columns : Reduce<T, W> {
     if (!needs_hidden(p)) return;
     if (few(p)) {
       if (needs_grad_a(p)) add_chunks(p, s.grad_a_chunks, nullptr, s.hidden.grad_a);
-      return Base::hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
+      return hidden_gradients(p, p.m, s.hidden, s.common.hidden_skip, q);
     }
     const int64_t width = padded<C>(p.r);
     for (int64_t block = 0; block < ceil_div(p.m, row_block); ++block)

@@ -85,8 +85,10 @@ struct Reduce : P {
       up_products(p, run, c, j, v);
       transpose<C>(v);
       W* out = static_cast<W*>(p.grads[grad_up]) + (id * p.d + c) * p.r;
-      if (p.wants[grad_up])
-        for_lanes(count, [&](int64_t t) FA_FORCED { store_at<C>(out + t * p.r, j, p.r - j, v[t] * scale[t]); });
+      if (p.wants[grad_up] && p.r - j >= lanes<C>)
+        for_lanes(count, [&](int64_t t) FA_FORCED { store(out + t * p.r + j, v[t] * scale[t]); });
+      else if (p.wants[grad_up])
+        for (int64_t t = 0; t < count; ++t) store_some<C>(out + t * p.r + j, v[t] * scale[t], p.r - j);
       if (p.wants[grad_scale])
         for (int64_t t = 0; t < count; ++t)
           dots[t] += v[t] * load_at<C>(Base::element(p.up, id, c + t, 0), j, p.r - j, p.up.stride_1);

@@ -48,12 +48,16 @@ struct UpEpilogue {
         }
       return;
     }
-    const Spilled<C, MR, NV> spilled(acc);
-    for (int t = 0; t < MR; ++t)
-      for (int v = 0; v < NV; ++v) {
-        const int64_t c = j + v * L, count = p.d - c;
+    loop(Spilled<C, MR, NV>(acc).tile[0], MR, NV, i, j, added, step);
+  }
+
+  FA_NOINLINE void loop(const Vec<C>* tile, int rows, int vectors, int64_t i, int64_t j, const T* const* added,
+                        int64_t step) const {
+    for (int t = 0; t < rows; ++t, tile += vectors)
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t c = j + v * lanes<C>, count = p.d - c;
         if (count <= 0) break;
-        Vec<C> y = spilled.tile[t][v];
+        Vec<C> y = tile[v];
         if (added) y += load_at<C>(added[i + t], c, count, step);
         if (skip) y += load<C>(skip + c) * load_at<C>(block.x[i + t], c, count, p.x.step);
         store_at<C>(block.out[i + t], c, count, y);
@@ -85,12 +89,15 @@ struct GradEpilogue {
         }
       return;
     }
-    const Spilled<C, MR, NV> spilled(acc);
-    for (int t = 0; t < MR; ++t)
-      for (int v = 0; v < NV; ++v) {
-        const int64_t c = j + v * L, count = p.d - first - c, row = i + t;
+    loop(Spilled<C, MR, NV>(acc).tile[0], MR, NV, i, j);
+  }
+
+  FA_NOINLINE void loop(const Vec<C>* tile, int rows, int vectors, int64_t i, int64_t j) const {
+    for (int t = 0; t < rows; ++t, tile += vectors)
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t c = j + v * lanes<C>, count = p.d - first - c, row = i + t;
         if (count <= 0) break;
-        Vec<C> out = spilled.tile[t][v];
+        Vec<C> out = tile[v];
         if (rstd) out = rstd[row] * (out - mean[row] - load_at<C>(xhat.data + row * xhat.ld, c, count, 1) * mean_x[row]);
         const Vec<C> g = load_at<C>(grad_y.data + row * grad_y.ld, c, count, 1);
         if (p.add_x) out += g;
@@ -100,25 +107,56 @@ struct GradEpilogue {
   }
 };
 
+// a = act(z) + hidden_skip * z, in place.
+template <class C>
+void activate(const Problem& p, int64_t count, C* z, const C* hidden_skip) {
+  const int64_t width = padded<C>(p.r);
+  with_activation(p.activation, [&](auto code) FA_FORCED {
+    for (int64_t i = 0; i < count; i += width)
+      for (int64_t j = 0; j < width; j += lanes<C>) {
+        const Vec<C> v = load<C>(z + i + j);
+        Vec<C> a, slope;
+        activate_vector<decltype(code)::value, false>(v, a, slope, C{});
+        if (hidden_skip) a += load<C>(hidden_skip + j) * v;
+        store(z + i + j, a);
+      }
+  });
+}
+
+// From z and grad_a: a, grad_z (into grad_a), and their sums over the rows.
+template <class C>
+void hidden_gradients(const Problem& p, int64_t n, const Scratch<C>& s, const C* hidden_skip, const Partial<C>& q) {
+  const int64_t width = padded<C>(p.r);
+  const bool back = needs_grad_a(p);
+  with_activation(p.activation, [&](auto code) FA_FORCED {
+    for (int64_t j = 0; j < width; j += lanes<C>) {
+      Vec<C> sum_skip[4] = {}, sum_bias[4] = {};
+      for (int64_t row = 0; row < n; ++row) {
+        const int64_t i = row * width + j;
+        const Vec<C> z = load<C>(s.z + i);
+        Vec<C> a, slope;
+        activate_vector<decltype(code)::value, true>(z, a, slope, C{});
+        if (hidden_skip) a += load<C>(hidden_skip + j) * z;
+        store(s.a + i, a);
+        if (!back) continue;
+        const Vec<C> grad_a = load<C>(s.grad_a + i);
+        // relu selects: where it is 0, NaN and infinity end, as in PyTorch.
+        Vec<C> grad_z = decltype(code)::value == relu ? (z <= 0 ? Vec<C>{} : grad_a) : grad_a * slope;
+        if (hidden_skip) grad_z += grad_a * load<C>(hidden_skip + j);
+        sum_skip[row % 4] += grad_a * z;
+        sum_bias[row % 4] += grad_z;
+        store(s.grad_a + i, grad_z);
+      }
+      store(q.hidden_skip + j, load<C>(q.hidden_skip + j) + ((sum_skip[0] + sum_skip[1]) + (sum_skip[2] + sum_skip[3])));
+      store(q.down_bias + j, load<C>(q.down_bias + j) + ((sum_bias[0] + sum_bias[1]) + (sum_bias[2] + sum_bias[3])));
+    }
+  });
+}
+
 template <class T, class W>
 struct Pass : Types<T, W> {
   using Base = Types<T, W>;
   using C = Compute<T>;
-
-  // a = act(z) + hidden_skip * z, in place.
-  static void activate(const Problem& p, int64_t count, C* z, const C* hidden_skip) {
-    const int64_t width = padded<C>(p.r);
-    with_activation(p.activation, [&](auto code) FA_FORCED {
-      for (int64_t i = 0; i < count; i += width)
-        for (int64_t j = 0; j < width; j += lanes<C>) {
-          const Vec<C> v = load<C>(z + i + j);
-          Vec<C> a, slope;
-          activate_vector<decltype(code)::value, false>(v, a, slope, C{});
-          if (hidden_skip) a += load<C>(hidden_skip + j) * v;
-          store(z + i + j, a);
-        }
-    });
-  }
 
   // Rows without an adapter: y or grad_x is what is added to the branch.
   static void pass_through(const Problem& p, const Segment& s) {
@@ -155,35 +193,6 @@ struct Pass : Types<T, W> {
       activate(p, b.n * ldz, s.z, c.hidden_skip);
       gemm_epilogue(b.n, p.r, p.d, s.z, ldz, a.up, a.up_bias, UpEpilogue<T, C>{b, p, c.skip});
     }
-  }
-
-  // From z and grad_a: a, grad_z (into grad_a), and their sums over the rows.
-  static void hidden_gradients(const Problem& p, int64_t n, const Scratch<C>& s, const C* hidden_skip, const Partial<C>& q) {
-    const int64_t width = padded<C>(p.r);
-    const bool back = needs_grad_a(p);
-    with_activation(p.activation, [&](auto code) FA_FORCED {
-      for (int64_t j = 0; j < width; j += lanes<C>) {
-        Vec<C> sum_skip[4] = {}, sum_bias[4] = {};
-        for (int64_t row = 0; row < n; ++row) {
-          const int64_t i = row * width + j;
-          const Vec<C> z = load<C>(s.z + i);
-          Vec<C> a, slope;
-          activate_vector<decltype(code)::value, true>(z, a, slope, C{});
-          if (hidden_skip) a += load<C>(hidden_skip + j) * z;
-          store(s.a + i, a);
-          if (!back) continue;
-          const Vec<C> grad_a = load<C>(s.grad_a + i);
-          // relu selects: where it is 0, NaN and infinity end, as in PyTorch.
-          Vec<C> grad_z = decltype(code)::value == relu ? (z <= 0 ? Vec<C>{} : grad_a) : grad_a * slope;
-          if (hidden_skip) grad_z += grad_a * load<C>(hidden_skip + j);
-          sum_skip[row % 4] += grad_a * z;
-          sum_bias[row % 4] += grad_z;
-          store(s.grad_a + i, grad_z);
-        }
-        store(q.hidden_skip + j, load<C>(q.hidden_skip + j) + ((sum_skip[0] + sum_skip[1]) + (sum_skip[2] + sum_skip[3])));
-        store(q.down_bias + j, load<C>(q.down_bias + j) + ((sum_bias[0] + sum_bias[1]) + (sum_bias[2] + sum_bias[3])));
-      }
-    });
   }
 
   // The two means of LayerNorm's backward, formed from the r hidden values instead of the d columns.

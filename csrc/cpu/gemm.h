@@ -225,7 +225,7 @@ void gemm_transposed(int64_t columns, int64_t rows, int64_t n, const C* a, int64
 // out = start + a * b for one tile, summed in blocks of the inner dimension. Out of line: beside the rare long sum the usual
 // one has its accumulators in registers.
 template <class C, int MR, int NV>
-__attribute__((noinline)) void multiply_long(int64_t k, const C* a, int64_t lda, const C* b, const C* start, C* out) {
+FA_NOINLINE void multiply_long(int64_t k, const C* a, int64_t lda, const C* b, const C* start, C* out) {
   constexpr int L = lanes<C>;
   for (int64_t k0 = 0; k0 < k; k0 += inner_block) {
     Vec<C> acc[MR][NV] = {};
@@ -250,7 +250,7 @@ template <class C, class Epilogue>
 void gemm_epilogue(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
                    const Epilogue& epilogue) {
   // Out of line: two loops with a copy of every tile each would double what there is to compile, and be no faster.
-  auto tile = [&](auto nv, int64_t j, auto mr, int64_t i) __attribute__((noinline)) {
+  auto tile = [&](auto nv, int64_t j, auto mr, int64_t i) FA_NOINLINE {
     constexpr int MR = decltype(mr)::value, NV = decltype(nv)::value;
     constexpr int L = lanes<C>;
     const C *row = a + i * lda, *b = packed + j * k;

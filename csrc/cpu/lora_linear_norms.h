@@ -27,10 +27,13 @@ struct Squares {
       }
       return;
     }
-    const Spilled<C, MR, NV> spilled(acc);
-    for (int t = 0; t < MR; ++t)
-      for (int64_t c = j; c < columns; c += L) {
-        const Vec<C> value = spilled.tile[t][(c - j) / L] + load_at<C>(rows[i + t], c, columns - c, 1);
+    loop(Spilled<C, MR, NV>(acc).tile[0], MR, NV, i, j);
+  }
+
+  FA_NOINLINE void loop(const Vec<C>* tile, int count, int vectors, int64_t i, int64_t j) const {
+    for (int t = 0; t < count; ++t, tile += vectors)
+      for (int64_t c = j; c < columns; c += lanes<C>) {
+        const Vec<C> value = tile[(c - j) / lanes<C>] + load_at<C>(rows[i + t], c, columns - c, 1);
         sums[i + t] += value * value;
       }
   }

@@ -22,14 +22,6 @@ struct Finish {
   FA_INLINE void operator()(int64_t i, int64_t j, Vec<C> (&acc)[MR][NV]) const {
     constexpr int L = lanes<C>;
     multiply<C, MR, NV, false>(r, left + i * r, r, up + j * r, NV * L, acc);
-    auto finish = [&](int64_t row, int64_t c, Vec<C> v, int64_t count) FA_FORCED {
-      const int64_t at = row * ld + c;
-      if (add) v += load_at<C>(z + at, 0, count, 1);
-      if (y != z) store_at<C>(z + at, 0, count, v);
-      if (gain) v *= load<C>(gain + c);
-      if (bias) v += load<C>(bias + c);
-      store_at<C>(y + at, 0, count, v);
-    };
     if (j + NV * L <= columns) {
 #pragma GCC unroll 16
       for (int t = 0; t < MR; ++t)
@@ -37,9 +29,21 @@ struct Finish {
         for (int v = 0; v < NV; ++v) finish(i + t, j + v * L, acc[t][v], L);
       return;
     }
-    const Spilled<C, MR, NV> spilled(acc);
-    for (int t = 0; t < MR; ++t)
-      for (int64_t c = j; c < columns; c += L) finish(i + t, c, spilled.tile[t][(c - j) / L], columns - c);
+    loop(Spilled<C, MR, NV>(acc).tile[0], MR, NV, i, j);
+  }
+
+  FA_NOINLINE void loop(const Vec<C>* tile, int rows, int vectors, int64_t i, int64_t j) const {
+    for (int t = 0; t < rows; ++t, tile += vectors)
+      for (int64_t c = j; c < columns; c += lanes<C>) finish(i + t, c, tile[(c - j) / lanes<C>], columns - c);
+  }
+
+  FA_INLINE void finish(int64_t row, int64_t c, Vec<C> v, int64_t count) const {
+    const int64_t at = row * ld + c;
+    if (add) v += load_at<C>(z + at, 0, count, 1);
+    if (y != z) store_at<C>(z + at, 0, count, v);
+    if (gain) v *= load<C>(gain + c);
+    if (bias) v += load<C>(bias + c);
+    store_at<C>(y + at, 0, count, v);
   }
 };
 

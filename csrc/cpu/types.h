@@ -10,6 +10,7 @@
 
 #define FA_FORCED __attribute__((always_inline))
 #define FA_INLINE inline FA_FORCED
+#define FA_NOINLINE __attribute__((noinline))
 
 // Plain types that the instruction-set specific translation units share with the rest. They include no PyTorch header: an
 // inline function of such a header, compiled there for AVX-512, could be the copy that the linker keeps for everyone. For the

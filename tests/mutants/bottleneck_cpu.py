@@ -122,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "slope without hidden_skip_weight", "missing term", {EXACT: "integers: x differs"},
-        [(BY_ROWS, "          if (hidden_skip) grad_z += grad_a * load<C>(hidden_skip + j);\n", "")],
+        [(BY_ROWS, "        if (hidden_skip) grad_z += grad_a * load<C>(hidden_skip + j);\n", "")],
     ),
     Mutant(
         "bias not scaled", "missing term", {EVERYTHING: OUTPUT},
@@ -165,9 +165,9 @@ MUTANTS = (
         "hidden values in 16 bits", "product in 16 bits", {ROUNDING: "rounding model"},
         [(
             BY_ROWS,
-            "          if (hidden_skip) a += load<C>(hidden_skip + j) * v;\n          store(z + i + j, a);",
-            "          if (hidden_skip) a += load<C>(hidden_skip + j) * v;\n          T rounded[lanes<C>];\n          "
-            "store(rounded, a);\n          store(z + i + j, load<C>(rounded));",
+            "* v;\n        store(z + i + j, a);",
+            "* v;\n        if constexpr (sizeof(C) == 4) {\n          BFloat16 rounded[lanes<C>];\n          "
+            "store(rounded, a);\n          a = load<C>(rounded);\n        }\n        store(z + i + j, a);",
         )],
     ),
     Mutant(

@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     Mutant(
         "norms without the update in the last columns", "missing term", {DORA: OUTPUT},
-        [(NORMS, "spilled.tile[t][(c - j) / L] + load_at", "load_at")],
+        [(NORMS, "tile[(c - j) / lanes<C>] + load_at", "load_at")],
     ),
     Mutant(
         "gradient of the diagonal without scale", "missing term", {native("diagonal"): GRAD.format("diagonal")},
