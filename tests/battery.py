@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastadapt
 from fastadapt._leaf import INTERPRET
 
 from . import rounding
@@ -11,6 +12,9 @@ from .specs import SPECS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("triton",) if INTERPRET else ("native", "triton")
+on_cpu = pytest.mark.skipif(
+    INTERPRET or DEVICE != "cpu" or not hasattr(fastadapt, "_C"), reason="of the compiled CPU kernels alone"
+)
 # The interpreter takes a hundred times as long, and dtypes and sizes change nothing in what some tests look at.
 FEW = (torch.float32,) if INTERPRET else (torch.float32, torch.bfloat16)
 # One case without extras, those with all that goes together, one bank.

@@ -8,14 +8,13 @@ from fastadapt.ops.adapter_fusion import _bwd, _fwd, adapter_fusion
 
 from . import numerics
 from .accuracy import assert_within_reference_error
-from .battery import BACKENDS, DEVICE, run
+from .battery import BACKENDS, DEVICE, on_cpu, run
 from .peak import extra_bytes
 from .specs.adapter_fusion import SPEC, case, make
 
 KERNELS = [b for b in BACKENDS if (b, DEVICE) in _fwd.available]
 kernels = pytest.mark.parametrize("backend", KERNELS)
 backends = pytest.mark.parametrize("backend", [*KERNELS, "reference"])
-on_cpu = pytest.mark.skipif("native" not in KERNELS or DEVICE != "cpu", reason="needs the compiled CPU kernels")
 
 
 def call(**options):

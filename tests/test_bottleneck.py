@@ -7,7 +7,7 @@ import fastadapt
 from fastadapt.ops.bottleneck import _bwd, _fwd
 
 from . import numerics
-from .battery import BACKENDS, DEVICE, check, floats, run, substitute
+from .battery import BACKENDS, DEVICE, check, floats, on_cpu, run, substitute
 from .peak import extra_bytes
 from .specs.bottleneck import SPEC
 
@@ -46,14 +46,14 @@ def test_ids_outside_the_bank_give_nan_rows_on_the_device():
     assert bad[wrong].isnan().all() and torch.equal(bad[~wrong], good[~wrong])
 
 
-@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@on_cpu
 @pytest.mark.parametrize("name", ["many-rows", "m65-d129-r48", "everything", "bank-with-everything", "r130"])
 def test_bits_do_not_depend_on_the_number_of_threads(name):
     case = next(case for case in (*SPEC.cases, *SPEC.tiled) if case.name == name)
     numerics.threads_change_no_bit(SPEC, case, torch.float32)
 
 
-@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@on_cpu
 @pytest.mark.parametrize("target", ["portable", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("name", ["m65-d129-r48", "everything", "bank-with-everything", "float32-parameters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -69,7 +69,7 @@ def test_every_instruction_set(target, name, dtype):
         fastadapt._C.cpu_target(best)
 
 
-@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@on_cpu
 @pytest.mark.parametrize("shape", ["(2048, 4096), 64", "(2048, 768), 64", "(512, 1024), 8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_of_forward_is_the_output(shape, dtype):

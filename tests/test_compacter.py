@@ -7,13 +7,12 @@ import fastadapt
 from fastadapt.ops.compacter import _fwd, product
 
 from . import numerics
-from .battery import BACKENDS, DEVICE, run
+from .battery import BACKENDS, DEVICE, on_cpu, run
 from .peak import extra_bytes
 from .specs.compacter import FACTORS, SPEC, make
 
 ours = [b for b in BACKENDS if (b, DEVICE) in _fwd.available]
 backends = pytest.mark.parametrize("backend", ours)
-on_cpu = pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
 
 
 def call(**options):

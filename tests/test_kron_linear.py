@@ -11,11 +11,10 @@ from fastadapt.ops.compacter import product
 from fastadapt.ops.kron_linear import _fwd, _order, cheapest_order
 
 from . import numerics
-from .battery import BACKENDS, DEVICE, check
+from .battery import BACKENDS, DEVICE, check, on_cpu
 from .specs.kron_linear import SPEC, make
 
 ours = [b for b in BACKENDS if (b, DEVICE) in _fwd.available]
-on_cpu = pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
 
 # m, sizes of a and b, rank, terms: each order is the cheapest for one of them.
 ORDERS = {

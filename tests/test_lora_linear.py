@@ -14,11 +14,11 @@ import fastadapt
 from fastadapt._leaf import INTERPRET
 from fastadapt.nn import LoRALinear
 from fastadapt.ops.dropout import kept, kept_scale, threshold
-from fastadapt.ops.lora_linear import _bwd, _fwd, _norms, row_norms
+from fastadapt.ops.lora_linear import _bwd, _fwd, row_norms
 
 from . import numerics
 from .accuracy import assert_within_reference_error
-from .battery import BACKENDS, DEVICE, check, run
+from .battery import BACKENDS, DEVICE, check, on_cpu, run
 from .layouts import LAYOUTS
 from .specs.lora_linear import SPEC, make
 
@@ -154,7 +154,7 @@ def test_norms_do_not_cancel():
         assert_within_reference_error(row_norms(*args) / exact, plain / exact, exact / exact, "norms")
 
 
-@pytest.mark.skipif(("native", "cpu") not in _norms.available, reason="needs the compiled CPU kernels")
+@on_cpu
 @pytest.mark.parametrize("n, k, r", [(19, 1, 1), (23, 130, 3), (50, 64, 17), (97, 200, 150), (49, 1100, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_norms_of_the_kernel(dtype, n, k, r):
@@ -283,7 +283,7 @@ def test_leaf_of_nothing_wanted(backend):
     assert [tuple(t.shape) for t in outputs] == [(0,)] * 7
 
 
-@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@on_cpu
 @pytest.mark.parametrize("case", [c for c in SPEC.numerics.paths if c.name != "long-ranks"], ids=lambda c: c.name)
 def test_bits_do_not_depend_on_the_number_of_threads(case):
     """But for what the library of PyTorch's own products has a part in."""
@@ -306,7 +306,7 @@ def kept_bytes(modules, x):
     return kept_tensors.pop(x.untyped_storage().data_ptr(), 0), sum(kept_tensors.values())
 
 
-@pytest.mark.skipif(("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels")
+@on_cpu
 def test_what_is_kept_for_backward_with_dropout():
     """The input, r numbers a row and the seed; peft keeps a mask and a masked copy for each layer."""
     peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")

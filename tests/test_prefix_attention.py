@@ -14,14 +14,13 @@ from fastadapt.ops.prefix_attention import _bwd, _fwd, prefix_attention
 
 from . import numerics
 from .accuracy import assert_within_reference_error
-from .battery import BACKENDS, DEVICE, check, run
+from .battery import BACKENDS, DEVICE, check, on_cpu, run
 from .peak import extra_bytes
 from .specs.prefix_attention import SPEC, case, make
 
 KERNELS = [b for b in BACKENDS if (b, DEVICE) in _fwd.available]
 kernels = pytest.mark.parametrize("backend", KERNELS)
 backends = pytest.mark.parametrize("backend", KERNELS if INTERPRET else [*KERNELS, "reference"])
-on_cpu = pytest.mark.skipif("native" not in KERNELS or DEVICE != "cpu", reason="needs the compiled CPU kernels")
 on_device = pytest.mark.skipif(("triton", DEVICE) not in _fwd.available, reason="needs a GPU or TRITON_INTERPRET=1")
 
 

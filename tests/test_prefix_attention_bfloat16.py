@@ -5,17 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastadapt._leaf import INTERPRET
-from fastadapt.ops.prefix_attention import _fwd, prefix_attention
+from fastadapt.ops.prefix_attention import prefix_attention
 
 from . import numerics
-from .battery import DEVICE, check, run
+from .battery import check, on_cpu, run
 from .specs.prefix_attention import SPEC, case
 from .test_prefix_attention import HIDING, concatenated, hiding, run_masked
 
-pytestmark = pytest.mark.skipif(
-    INTERPRET or DEVICE != "cpu" or ("native", "cpu") not in _fwd.available, reason="needs the compiled CPU kernels"
-)
+pytestmark = on_cpu
 BF16 = torch.bfloat16
 
 # Tiles of 256 keys: the first one ends within own keys, a whole one is of the prefix, queries of several heads share rows.

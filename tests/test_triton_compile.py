@@ -133,9 +133,9 @@ def test_sound_code_has_no_faults():
 
 
 def test_finds_planted_faults():
-    assert any("in loops go to local memory" in fault for fault in faults(80, m=128, n=128, warps=1))
-    assert any("bytes of stack" in fault for fault in faults(80, m=128, n=128, warps=1))
-    assert any("in loops go to local memory" in fault for fault in faults("gfx942", m=256, n=256, warps=1))
+    assert any("in loops go to local memory" in fault for fault in faults(80, m=128, n=64, warps=1))
+    assert any("bytes of stack" in fault for fault in faults(80, m=128, n=64, warps=1))
+    assert any("in loops go to local memory" in fault for fault in faults("gfx942", m=256, n=128, warps=1))
     assert faults(86, m=128, n=128, stages=5) == [
         "M128 N128 K64: 131072 bytes of shared memory, the chip has 101376"
     ] and not faults(90, m=128, n=128, stages=5)
