@@ -78,8 +78,8 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
     adapt.set_backend(models.get("fastadapt", torch.nn.Module()), args.backend)
     runs = {name: measure.Run(model, chosen.lr, args.steps) for name, model in models.items()}
     difference = measure.curve_difference if chosen.random else measure.loss_difference
-    longest = max(batches, key=lambda batch: batch.input_ids.shape[1])
-    peaks = {name: run.peak_bytes(longest) for name, run in runs.items()}
+    by_length = sorted(batches, key=lambda batch: batch.input_ids.shape[1])
+    peaks = {name: run.peak_bytes(by_length[-1]) for name, run in runs.items()}
 
     def progress():
         for batch in batches:
@@ -91,7 +91,10 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
     both = ours is not None
     accuracy = (ours or theirs).accuracy(test)
     theirs.model.eval()
-    bare = adapt.build(encoder, "head").to(args.device)
+    seconds = {}
+    if chosen.attach or chosen.around:
+        bare = adapt.build(encoder, "head").to(args.device)
+        seconds = measure.inference({"bare": bare, **models}, by_length[len(by_length) // 2])
     return report.Row(
         method, *adapt.count(theirs.model),
         accuracy=accuracy,
@@ -101,8 +104,8 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
         peak=peaks.get("fastadapt"),
         plain_peak=peaks["plain"],
         speed_up=measure.speed_up(ours, theirs) if both else None,
-        inference=measure.overhead((ours or theirs).model, bare, longest) if chosen.attach or chosen.around else None,
-        inference_speed_up=1 + measure.overhead(theirs.model, ours.model, longest) if both else None,
+        inference=seconds["fastadapt" if both else "plain"] / seconds["bare"] - 1 if seconds else None,
+        inference_speed_up=seconds["plain"] / seconds["fastadapt"] if both else None,
     )  # fmt: skip
 
 

@@ -101,18 +101,19 @@ class Run:
 
 
 @torch.no_grad()
-def overhead(model: nn.Module, bare: nn.Module, batch: Batch, rounds: int = 6) -> float:
-    """How much longer ``model`` takes for a batch than ``bare``: they take turns, and medians are compared."""
-    seconds = {model: [], bare: []}
-    for number in range(rounds + 1):
-        for each in (model, bare) if number % 2 else (bare, model):
+def inference(models: dict[str, nn.Module], batch: Batch, rounds: int = 9) -> dict[str, float]:
+    """Seconds that each of ``models`` takes for a batch: medians of rounds, in which each is the first as often as the last."""
+    seconds = {name: [] for name in models}
+    order = list(models)
+    for _ in range(rounds + 1):
+        for name in order:
             start = time.perf_counter()
-            each(*batch.inputs)
+            models[name](*batch.inputs)
             if batch.labels.is_cuda:
                 torch.cuda.synchronize(batch.labels.device)
-            seconds[each].append(time.perf_counter() - start)
-    ours, theirs = (statistics.median(times[1:]) for times in seconds.values())
-    return ours / theirs - 1
+            seconds[name].append(time.perf_counter() - start)
+        order.append(order.pop(0))
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def train(runs: list[Run], batches: Iterable[Batch]) -> None:

@@ -20,8 +20,8 @@ ms a step   median of forward, backward and AdamW; the two runs take turns on ev
 peak MiB    most that a step's activations, gradients, temporaries and AdamW moments hold together, weights left out,
             on the longest batch, counted at PyTorch's allocator
 speed-up    median over the batches of plain / fastadapt on the same batch; methods without a kernel have one run
-inference   time of a batch with the adapters over the bare encoder's, less one
-its speed-up  plain / fastadapt on such a batch, from medians of turns"""
+inference   time of a batch of middle length with the adapters over the bare encoder's, less one
+its speed-up  plain / fastadapt on that batch, from medians of turns"""
 
 
 class Row(NamedTuple):
