@@ -104,8 +104,8 @@ def compare(encoder, method: str, args, batches: list[data.Batch], test: list[da
         peak=peaks.get("fastadapt"),
         plain_peak=peaks["plain"],
         speed_up=measure.speed_up(ours, theirs) if both else None,
-        inference=seconds["fastadapt" if both else "plain"] / seconds["bare"] - 1 if seconds else None,
-        inference_speed_up=seconds["plain"] / seconds["fastadapt"] if both else None,
+        inference=measure.ratio(seconds["fastadapt" if both else "plain"], seconds["bare"]) - 1 if seconds else None,
+        inference_speed_up=measure.ratio(seconds["plain"], seconds["fastadapt"]) if both else None,
     )  # fmt: skip
 
 

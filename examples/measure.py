@@ -101,8 +101,8 @@ class Run:
 
 
 @torch.no_grad()
-def inference(models: dict[str, nn.Module], batch: Batch, rounds: int = 9) -> dict[str, float]:
-    """Seconds that each of ``models`` takes for a batch: medians of rounds, in which each is the first as often as the last."""
+def inference(models: dict[str, nn.Module], batch: Batch, rounds: int = 9) -> dict[str, list[float]]:
+    """Seconds that each of ``models`` takes for a batch, in rounds in which each is the first as often as the last."""
     seconds = {name: [] for name in models}
     order = list(models)
     for _ in range(rounds + 1):
@@ -113,7 +113,12 @@ def inference(models: dict[str, nn.Module], batch: Batch, rounds: int = 9) -> di
                 torch.cuda.synchronize(batch.labels.device)
             seconds[name].append(time.perf_counter() - start)
         order.append(order.pop(0))
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """How many times as long ``slow`` took: each round compared with itself, the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def train(runs: list[Run], batches: Iterable[Batch]) -> None:
@@ -129,8 +134,8 @@ def speed_up(ours: Run, theirs: Run) -> float:
     The run that comes second finds the frozen weights in the cache, so the two orders have a median each; their geometric mean
     cancels the order.
     """
-    ratios = [slow / fast for fast, slow in zip(ours.seconds, theirs.seconds, strict=True)]
-    return statistics.geometric_mean(statistics.median(turn) for turn in (ratios[0::2], ratios[1::2]) if turn)
+    turns = [(theirs.seconds[first::2], ours.seconds[first::2]) for first in (0, 1)]
+    return statistics.geometric_mean(ratio(slow, fast) for slow, fast in turns if fast)
 
 
 def loss_difference(ours: Run, theirs: Run) -> float:

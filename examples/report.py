@@ -21,7 +21,7 @@ peak MiB    most that a step's activations, gradients, temporaries and AdamW mom
             on the longest batch, counted at PyTorch's allocator
 speed-up    median over the batches of plain / fastadapt on the same batch; methods without a kernel have one run
 inference   time of a batch of middle length with the adapters over the bare encoder's, less one
-its speed-up  plain / fastadapt on that batch, from medians of turns"""
+its speed-up  plain / fastadapt on that batch; of both the median over rounds of turns"""
 
 
 class Row(NamedTuple):
