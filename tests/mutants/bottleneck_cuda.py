@@ -41,9 +41,7 @@ FAR = Rung("tests/test_far_rows.py", "test_emulated_cuda and bottleneck and not 
 RACES = emulated("bank-with-everything-bfloat16-thread and test_sanitizer_reports_nothing")
 MANY = Rung("tests/test_far_rows.py", "last_blocks and bottleneck-rows", plugins=KEPT, edits=ONLY_BFLOAT16)
 HOST = Rung("tests/test_cuda_host.py", "bottleneck and test_launches", plugins=KEPT)
-PTX = Rung(
-    "tests/test_ptx.py", "test_cuda_matches_reference and bottleneck-4-d-bfloat16-1-sm_80", plugins=KEPT, edits=ONLY_BFLOAT16
-)
+PTX = Rung("tests/test_ptx.py", "test_cuda_matches_reference and bottleneck-4-d-bfloat16", plugins=KEPT, edits=ONLY_BFLOAT16)
 COMPILED = Rung("tests/test_cuda_compile.py", "test_compiles_and_fits and bottleneck and not elsewhere")
 OUTPUT = "integers: y differs"
 GRAD = "grad of {}: (l2|max) error"
