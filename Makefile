@@ -14,7 +14,7 @@ OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
 COMPILED := $(wildcard tests/test_triton*.py tests/test_cuda_compile.py tests/test_ptx.py)
 EMULATED := $(filter-out $(COMPILED),$(wildcard tests/test_cuda*.py tests/test_far_rows.py tests/test_cpu*.py tests/test_mutants.py))
 INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%*.py) tests/test_strict_interpreter*.py)
-PROCESSES := test-compiled test-emulated test-interpreted test-others
+PROCESSES := test-compiled test-emulated test-others test-interpreted
 MARKS := not slow
 
 # Targets that begin with test- expect that all is set up.

@@ -66,7 +66,7 @@ def test_every_case_is_deterministic(spec, backend, case, dtype):
     assert_deterministic(spec, backend, case, dtype)
 
 
-@over(*TELLING, "bank-unused", "empty", dtypes=FEW, quick=OUTPUTS)
+@over(*TELLING, "bank-unused", "empty", dtypes=FEW, thin=True, whole=("everything",), quick=OUTPUTS)
 def test_registration(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)
     args = spec.leaf_args(arguments)
