@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .accuracy import excess
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 hf = pytest.importorskip("transformers", reason="transformers is not installed (pip install fastadapt[peers])")
 

@@ -11,7 +11,8 @@ import fastadapt
 from fastadapt.ops import dropout
 
 from .accuracy import assert_within_reference_error
-from .test_nn import DEVICE, pooled, spied
+from .battery import DEVICE
+from .modules import pooled, spied
 from .test_peft_library import BASES, VOCAB, K, N, R
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")

@@ -11,7 +11,7 @@ import torch
 import fastadapt
 
 from .accuracy import excess
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 adapters = pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
 

@@ -7,7 +7,8 @@ import torch
 
 import fastadapt
 
-from .test_nn import DEVICE, spied
+from .battery import DEVICE
+from .modules import spied
 
 adapters = pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
 

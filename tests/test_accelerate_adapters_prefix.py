@@ -8,8 +8,8 @@ import torch
 import fastadapt
 
 from . import prefix_models
+from .battery import DEVICE
 from .prefix_models import MODELS, P, T, assert_equal_outcomes, batch, bert, gpt2, hf, llama, outcome, state
-from .test_nn import DEVICE
 
 adapters = pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
 

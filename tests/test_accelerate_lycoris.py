@@ -13,9 +13,10 @@ from fastadapt.integrations import peft_lycoris
 
 from . import rounding
 from .accuracy import assert_within_reference_error, excess
+from .battery import DEVICE
+from .modules import pooled, spied
 from .test_accelerate import outcome, target
 from .test_accelerate_state import snapshot
-from .test_nn import DEVICE, pooled, spied
 from .test_peft_library import K, N
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")

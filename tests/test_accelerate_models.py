@@ -10,7 +10,7 @@ import torch
 import fastadapt
 
 from .accuracy import excess
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 

@@ -11,8 +11,8 @@ import fastadapt
 from fastadapt.integrations import peft_prefix
 
 from . import prefix_models
+from .battery import DEVICE
 from .prefix_models import MODELS, SIZES, VOCABULARY, P, T, assert_equal_outcomes, batch, bert, gpt2, hf, llama, outcome, state
-from .test_nn import DEVICE
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 

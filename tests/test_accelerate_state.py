@@ -14,7 +14,7 @@ from torch import nn
 import fastadapt
 
 from .accuracy import assert_within_reference_error
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 

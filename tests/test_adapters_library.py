@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from .test_nn import DEVICE, assert_within_reference_error, pooled
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
+from .modules import pooled
 
 adapters = pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
 

@@ -7,7 +7,7 @@ import torch
 
 import fastadapt
 
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 adapters = pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
 

@@ -135,6 +135,21 @@ def test_curves_are_compared_by_means_of_steps():
     assert measure.curve_difference(*runs) == pytest.approx(9.5 / 5)  # fewer steps than a piece has
 
 
+def test_times_are_compared_by_rounds():
+    assert measure.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+    ours, theirs = measure.Run(nn.Linear(1, 1), 1e-3, 1), measure.Run(nn.Linear(1, 1), 1e-3, 1)
+    ours.seconds, theirs.seconds = [1.0, 1.0, 1.0, 1.0], [2.0, 8.0, 2.0, 8.0]
+    assert measure.speed_up(ours, theirs) == pytest.approx(4.0)  # each of the two orders has a part in it
+
+
+def test_every_model_is_the_first_of_a_round_as_often_as_the_last():
+    met = []
+    models = {name: lambda ids, mask, name=name: met.append(name) for name in "abc"}
+    seconds = measure.inference(models, data.Batch(*torch.zeros(3, 1, 1)), rounds=3)
+    assert "".join(met) == "abc" + "bca" + "cab" + "abc"
+    assert list(seconds) == ["a", "b", "c"] and all(len(times) == 3 and min(times) > 0 for times in seconds.values())
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"skip": "channel"}, {"skip": "hidden"}, {"activation": "gelu", "scale": 4.0, "residual": False}]
 )

@@ -9,7 +9,7 @@ import fastadapt
 from fastadapt.nn import attach, freeze_except
 from fastadapt.nn.structure import layers
 
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 hf = pytest.importorskip("transformers", reason="transformers is not installed (pip install fastadapt[demo])")

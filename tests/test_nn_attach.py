@@ -24,7 +24,9 @@ from fastadapt.nn import (
 from fastadapt.nn.attach import METHODS
 
 from .accuracy import assert_within_reference_error
-from .test_nn import DEVICE, plain, randomised
+from .battery import DEVICE
+from .modules import randomised
+from .test_nn import plain
 
 D, H, F, B, T = 16, 2, 24, 3, 5
 IDS = torch.tensor([1, -1, 0], device=DEVICE)

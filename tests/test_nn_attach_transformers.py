@@ -9,8 +9,8 @@ from torch import nn
 from fastadapt.nn import LoRALinear, ParallelAdapter, PromptEncoder, attach, drop_adapters, freeze_except, route
 from fastadapt.nn.structure import layers
 
+from .battery import DEVICE
 from .prefix_models import MODELS, OFF, SIZES, P, T, batch, hf, outcome
-from .test_nn import DEVICE
 
 SMALL = {"num_hidden_layers": 1}
 

@@ -9,7 +9,10 @@ from torch import nn
 
 from fastadapt.nn import AdapterBank, BottleneckAdapter, ParallelAdapter
 
-from .test_nn import DEVICE, D, G, R, assert_within_reference_error, gradients, over_options, plain, pooled, randomised
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
+from .modules import gradients, pooled, randomised
+from .test_nn import D, G, R, over_options, plain
 
 
 def rows_of(ids, shape):

@@ -26,7 +26,9 @@ from fastadapt.nn import (
     save_adapters,
 )
 
-from .test_nn import DEVICE, D, R, assert_equal_to, call, gradients, plain, randomised
+from .battery import DEVICE
+from .modules import assert_equal_to, call, gradients, randomised
+from .test_nn import D, R, plain
 
 SKIP = {"skip": "channel", "scale": "learned", "activation": "gelu"}
 

@@ -24,7 +24,8 @@ from fastadapt.nn import (
     route,
 )  # fmt: skip
 
-from .test_nn import DEVICE, randomised
+from .battery import DEVICE
+from .modules import randomised
 
 D, B, T, LAYERS = 16, 3, 5, 4
 IDS = torch.tensor([1, -1, 0], device=DEVICE)

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastadapt.nn import AdapterBank, AdapterFusion, BottleneckAdapter, freeze_except, load_adapters, save_adapters
 
 from .accuracy import assert_within_reference_error
-from .test_nn import DEVICE, D, R, call, plain, pooled, randomised
+from .battery import DEVICE
+from .modules import call, pooled, randomised
+from .test_nn import D, R, plain
 
 G = 3
 

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from fastadapt.nn import HyperAdapter, ParallelAdapter, freeze_except
 from fastadapt.ops.bottleneck import ACTIVATIONS
 
-from .test_nn import DEVICE, assert_within_reference_error, gradients, pooled
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
+from .modules import gradients, pooled
 
 D, R, E, H, LAYERS, POSITIONS = 24, 5, 8, 12, 2, 2
 TASKS = ["cola", "sst2", "mnli"]

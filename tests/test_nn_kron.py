@@ -21,7 +21,9 @@ from fastadapt.nn import (
 )
 from fastadapt.ops.bottleneck import ACTIVATIONS
 
-from .test_nn import DEVICE, assert_within_reference_error, call, gradients, randomised
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
+from .modules import call, gradients, randomised
 
 D, R, K, N = 24, 8, 24, 36
 OPTIONS = {

@@ -17,8 +17,9 @@ from fastadapt.nn import (
     freeze_except,
 )
 
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
 from .test_lora_linear import Quantised
-from .test_nn import DEVICE, assert_within_reference_error
 
 K, N, R, E, HEADS = 40, 24, 6, 24, 4
 OPTIONS = {

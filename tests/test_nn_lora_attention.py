@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from fastadapt.nn import LoRAMultiheadAttention
 
-from .test_nn import DEVICE
+from .battery import DEVICE
 from .test_nn_lora import HEADS, E, R, randomised
 
 SELF, CROSS = (0, 0, 0), (0, 1, 1)

@@ -9,8 +9,9 @@ from torch import nn
 
 from fastadapt.nn import AdapterBank, LoRABank, LoRALinear, freeze_except
 
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
 from .test_lora_linear import Quantised
-from .test_nn import DEVICE, assert_within_reference_error
 from .test_nn_bank import IDS, rows_of
 from .test_nn_lora import K, N, conv1d, randomised, saved
 

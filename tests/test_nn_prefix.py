@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastadapt.nn import PrefixAttention, PrefixEncoder, freeze_except
 
-from .test_nn import DEVICE, assert_within_reference_error
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
 
 D, H, P, B, T, S = 32, 4, 5, 3, 7, 6
 LAYERS = {

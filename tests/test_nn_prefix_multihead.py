@@ -8,7 +8,7 @@ from torch import nn
 
 from fastadapt.nn import PrefixMultiheadAttention, attach, drop_adapters, freeze_except
 
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 D, H, P, B, T, S = 16, 2, 3, 3, 5, 4
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from fastadapt.nn import AdapterBank, LoRABank, LoRALinear, PrefixAttention, route
 
-from .test_nn import DEVICE, randomised
+from .battery import DEVICE
+from .modules import randomised
 
 D, G, B, T = 16, 3, 4, 5
 IDS = torch.tensor([2, -1, 0, 2], device=DEVICE)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastadapt.nn import BottleneckAdapter, LadderSideNetwork, SideNetwork, freeze_except, load_adapters, save_adapters
 
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 D, B, T, LAYERS, WORDS = 32, 3, 7, 2, 13
 Output = collections.namedtuple("Output", ["hidden", "other"])

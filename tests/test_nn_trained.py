@@ -6,7 +6,7 @@ from torch import nn
 
 from fastadapt.nn import BottleneckAdapter, LoRALinear, attach, freeze_except, train_biases, trainable_parameters
 
-from .test_nn import DEVICE
+from .battery import DEVICE
 
 
 class Odd(nn.Module):

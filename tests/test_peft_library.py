@@ -9,7 +9,9 @@ from torch import nn
 
 from fastadapt.nn import LoRAEmbedding, LoRALinear
 
-from .test_nn import DEVICE, assert_within_reference_error, pooled
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
+from .modules import pooled
 
 peft = pytest.importorskip("peft", reason="the library peft is not installed (pip install fastadapt[peers])")
 

@@ -8,6 +8,7 @@ import torch
 
 from fastadapt._leaf import INTERPRET
 
+from .battery import TELLING, check, run
 from .gpuless import nvcc, stable
 from .gpuless.emulated import CUDA
 from .gpuless.emulated import ops as cuda_ops
@@ -18,7 +19,6 @@ from .gpuless.ptx.memory import Memory
 from .gpuless.ptx.parser import Fault, Refused
 from .gpuless.ptx.planted import ORDERING, without_each
 from .specs import SPECS
-from .test_ops import TELLING, check, run
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 leaves nothing to compile"),

@@ -10,7 +10,8 @@ from torch import nn
 
 from fastadapt.nn import freeze_except
 
-from .test_nn import DEVICE, assert_within_reference_error
+from .accuracy import assert_within_reference_error
+from .battery import DEVICE
 
 transformers = pytest.importorskip("transformers", reason="the library transformers is not installed")
 
