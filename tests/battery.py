@@ -13,7 +13,7 @@ from .specs import SPECS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("triton",) if INTERPRET else ("native", "triton")
 on_cpu = pytest.mark.skipif(
-    INTERPRET or DEVICE != "cpu" or not hasattr(fastadapt, "_C"), reason="of the compiled CPU kernels alone"
+    INTERPRET or DEVICE != "cpu" or not hasattr(fastadapt, "_C"), reason="needs the compiled CPU kernels as those under test"
 )
 # The interpreter takes a hundred times as long, and dtypes and sizes change nothing in what some tests look at.
 FEW = (torch.float32,) if INTERPRET else (torch.float32, torch.bfloat16)
