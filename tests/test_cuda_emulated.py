@@ -119,10 +119,26 @@ def sanitized(sanitizer, op, sources=CUDA):
     return emulated.program(op, sanitizer, sources)
 
 
+def in_bfloat16(folder):
+    """A copy of the sources for one dtype: what costs a short run is the compiler."""
+    shutil.copytree(stable.ROOT / "csrc", folder / "csrc")
+    call = folder / "csrc/cuda/call.h"
+    text, count = re.subn(r"plan\((float|f16)\{\}, device\)", "plan(bf16{}, device)", call.read_text())
+    assert count == 2
+    call.write_text(text)
+    return call.parent
+
+
+@pytest.fixture(scope="module")
+def sources_in_bfloat16(tmp_path_factory):
+    return in_bfloat16(tmp_path_factory.mktemp("bfloat16"))
+
+
+@pytest.mark.short
 @pytest.mark.parametrize("sanitizer", ("address", "thread"))
 @over(telling, torch.bfloat16)
-def test_sanitizer_reports_nothing(emulate, op, case, dtype, sanitizer):
-    spec = emulate(op, sanitized(sanitizer, op), **DEVICES["small-tiles"], schedules=2)
+def test_sanitizer_reports_nothing(emulate, sources_in_bfloat16, op, case, dtype, sanitizer):
+    spec = emulate(op, sanitized(sanitizer, op, sources_in_bfloat16), **DEVICES["small-tiles"], schedules=2)
     emulated_check(spec, make=lambda: case.make(dtype, "cpu"))
 
 
@@ -184,13 +200,10 @@ QUICK = (("divergent-barrier", None), ("store-past-the-last-column", "address"),
 )
 def test_planted_error_is_seen(emulate, tmp_path, error, sanitizer):
     name, good, bad, seen_by = PLANTED[error]
-    shutil.copytree(stable.ROOT / "csrc", tmp_path / "csrc")
-    folder = tmp_path / "csrc/cuda"
+    folder = in_bfloat16(tmp_path)
     text = (folder / name).read_text()
     assert text.count(good) == 1
     (folder / name).write_text(text.replace(good, bad))
-    call = folder / "call.h"  # in one dtype: what costs here is the compiler
-    call.write_text(re.sub(r"plan\((float|f16)\{\}, device\)", "plan(bf16{}, device)", call.read_text()))
     broken = sanitized(sanitizer, "bottleneck", folder) if sanitizer else emulated.module("bottleneck", folder, "-O0")
     arguments = {"shape": (40, 65), "r": 20}
     with pytest.raises((AssertionError, RuntimeError), match=seen_by[sanitizer]):

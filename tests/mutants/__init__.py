@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Kind -> its source, by the name of the op; "op" is what PyTorch and the caller see of the kernels.
 KINDS = {"op": "fastadapt/ops/{}.py", "triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu", "cpu": "csrc/cpu/{}.cpp"}
-# Fast mutants that each kernel needs, and the number of them that every run of the tests plants.
+# Fast mutants that each kernel needs; every run of the tests plants as many of one kernel of an op.
 MINIMUM = 1
 
 # Class of error -> the kinds of kernels in which it must be planted somewhere.

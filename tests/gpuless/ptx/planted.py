@@ -1,5 +1,7 @@
 """Errors planted in a launch: what the simulator says without one of its barriers, waits or fences."""
 
+import math
+from collections import Counter
 from collections.abc import Container, Iterator
 from typing import NamedTuple
 
@@ -31,18 +33,18 @@ def contents(memory, buffers):
     return [memory.data[start : start + size].copy() for start, size, _ in buffers]
 
 
-def without_each(launch: Launch, shown: Container[int] = (), blocks: int = 2) -> Iterator[Outcome]:
+def without_each(launch: Launch, shown: Container[int] = (), most: float = math.inf, blocks: int = 2) -> Iterator[Outcome]:
     """Run the first blocks of each row of the grid, then again without each ordering instruction, from the same memory.
 
-    Not without those whose numbers are in ``shown``, nor those that this first run shows to order nothing. What it stored is
-    left.
+    Not without those whose numbers are in ``shown``, nor those that this first run shows to order nothing, and without ``most``
+    of each name. What it stored is left.
     """
     memory, (x, y, z) = launch.memory, launch.grid
     launch = launch._replace(only=tuple(row * x + i for row in range(y * z) for i in range(min(x, blocks))))
     before, buffers = memory.snapshot(), list(memory.buffers)
     hazards = launch._replace(trace=True).run()
     after, clean, crossed = memory.snapshot(), contents(memory, buffers), hazards.crossed()
-    met = {number for _, number, _, _ in hazards.trace}
+    met, tried = {number for _, number, _, _ in hazards.trace}, Counter()
     for ins in load(launch.ptx, launch.name).kernel.instructions:
         number, opcode = ins.number, ".".join((ins.name, *ins.modifiers, ""))
         instruction = next((name for name in ORDERING if opcode.startswith(f"{name}.")), None)
@@ -56,6 +58,9 @@ def without_each(launch: Launch, shown: Container[int] = (), blocks: int = 2) ->
         reached = instruction not in BARRIERS or number in met
         if idle:
             yield Outcome(instruction, number, report, idle, reached)
+            continue
+        tried[instruction] += 1
+        if tried[instruction] > most:
             continue
         memory.restore(before)
         try:
