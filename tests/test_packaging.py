@@ -72,6 +72,7 @@ def test_pure_python_wheel_runs_the_reference(tree, tmp_path):
     assert str(installed) in done.stdout and "bottleneck_fwd on cpu: reference" in done.stdout, done.stderr
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
 def test_compiled_wheel_keeps_to_the_stable_abi(tmp_path):
     name, installed = wheel(ROOT, "cpu", tmp_path)
     assert "-cp310-abi3-" in name
