@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,13 @@ from .report import by_direction, groups, plot, print_summary, print_table, summ
 from .timing import TIMERS
 
 ROOT = Path(__file__).parent.parent
+
+
+def positive(kind: type, text: str) -> float:
+    value = kind(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,11 +43,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile", nargs="+", default=["default"], choices=["default", "max-autotune", "none"], help="modes of torch.compile"
     )
-    parser.add_argument("--threads", type=int, default=cores(), help="threads on the CPU (all cores)")
+    parser.add_argument("--threads", type=partial(positive, int), default=cores(), help="threads on the CPU (all cores)")
     parser.add_argument(
         "--timer", nargs="+", choices=TIMERS, help="on CUDA: a graph's replay (default), plain launches, or both"
     )
-    parser.add_argument("--seconds", type=float, help="time for a row (1, or 0.3 with --quick)")
+    parser.add_argument("--seconds", type=partial(positive, float), help="time for a row (1, or 0.3 with --quick)")
     parser.add_argument("--out", type=Path, help="JSON file; a run of all cases goes to benchmarks/results/ if none is given")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speed-ups")
     parser.add_argument("--no-check", action="store_true", help="measure although the tests of the op weren't run")
@@ -48,6 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := [op for op in args.ops if op not in SPECS]:
         parser.error(f"op must be one of {', '.join(SPECS)}, got {', '.join(unknown)}")
+    if args.device.type not in ("cpu", "cuda") or args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device must be cpu, or cuda where there is one, got {args.device}")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib, which isn't installed")
     args.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -103,7 +113,9 @@ def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, ch
     """Measure one op in one dtype and print its tables; an interrupt keeps what is measured."""
     bench, complete = Bench(op, SPECS[op], dtype, args.device, timer, args.seconds, args.compile), True
     directions = [args.direction] if args.direction else list(DIRECTIONS)
-    tasks = [(case, direction) for case in select(bench.spec, args) for direction in directions]
+    if not (cases := select(bench.spec, args)):
+        print(f"{op} has no case with the parts {' or '.join(args.shapes)}; one is {bench.spec.bench[0].name}", file=sys.stderr)
+    tasks = [(case, direction) for case in cases for direction in directions]
     try:
         for case, direction in progress(tasks, f"{op} {str(dtype)[6:]}"):
             bench.measure(case, direction)

@@ -3,6 +3,7 @@
 Both are fetched once and kept under ``.cache/`` of this repository; afterwards the demo needs no network.
 """
 
+import argparse
 import io
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def sentences() -> Path:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     try:
         for folder in (model(), sentences()):
             print(folder)

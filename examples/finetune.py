@@ -150,11 +150,12 @@ def main(argv: list[str] | None = None) -> int:
         encoder, tokenizer = adapt.load(fetch.model())
         sentences = {name: data.read(fetch.sentences() / f"{name}.tsv") for name in wanted_domains(args)}
         encoder.to(args.device)
+        train, test = ({n: data.Tokens(s[i], tokenizer, args.device) for n, s in sentences.items()} for i in range(2))
+        batches = train[args.domain].training(args.batch_size, args.steps, args.seed)
         print(kernels(encoder, args))
-    except (fetch.FetchError, RuntimeError) as error:  # missing files, an absent device or backend
+    except (AssertionError, RuntimeError, ValueError) as error:  # missing files, an absent device or backend, too large a batch
         print(error, file=sys.stderr)
         return 1
-    train, test = ({n: data.Tokens(s[i], tokenizer, args.device) for n, s in sentences.items()} for i in range(2))
     sizes = f"rank {args.rank}, {args.lora_rank} for LoRA, prefixes of {args.prefix_length}"
     place = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     title = f"{args.steps} steps of {args.batch_size} sentences, float32, "
@@ -167,19 +168,18 @@ def main(argv: list[str] | None = None) -> int:
     of_each = max(1, args.steps // 2)  # of a domain, when there are several
     steps = args.steps * len(methods) + (len(multitask.RATES) * len(sentences) * of_each if args.several else 0)
     with tqdm(total=steps, unit="batch", leave=False, mininterval=pause) as bar:
-        batches = train[args.domain].training(args.batch_size, args.steps, args.seed)
         for method in methods:
             bar.set_description(method)
             rows.append(compare(encoder, method, args, batches, list(test[args.domain].in_order(64)), bar))
             bar.write(report.line(rows[-1]))
         bar.write(f"\n{report.LEGEND}")
         tasks = several(encoder, train, test, of_each, args, bar) if args.several else []
-    if args.plot:
-        report.plot(rows, args.plot, f"all-MiniLM-L6-v2 on {args.domain}: {title}, {place}")
-        print(f"\n{args.plot}")
     if args.json:
         about = {"setting": f"{title}, {place}", "domain": args.domain, "steps_of_each": of_each, "torch": torch.__version__}
         report.write(args.json, rows, tasks, about)
+    if args.plot:
+        report.plot(rows, args.plot, f"all-MiniLM-L6-v2 on {args.domain}: {title}, {place}")
+        print(f"\n{args.plot}")
     allowed = {name: TOLERANCE_OF_CURVES if method.random else TOLERANCE for name, method in adapt.METHODS.items()}
     if far := [row.method for row in rows if (row.loss_difference or 0) > allowed[row.method]]:
         named = ", ".join(f"{name} (more than {allowed[name]:g})" for name in far)

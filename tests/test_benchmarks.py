@@ -113,10 +113,22 @@ def test_an_op_without_tests_is_red():
     assert not run.battery("no-such-op")
 
 
-def test_unknown_op_is_named(capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["lora"], "op must be one of bottleneck, lora_linear, got lora"), (["--threads", "0"], "must be above 0, got 0"),
+        (["--seconds", "0"], "must be above 0, got 0"), (["--device", "meta"], "--device must be cpu, or cuda"),
+    ],
+)  # fmt: skip
+def test_bad_options(options, message, capsys):
     with pytest.raises(SystemExit):
-        run.main(["lora"])
-    assert "op must be one of bottleneck, lora_linear, got lora" in capsys.readouterr().err
+        run.main(options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_selection_of_nothing_says_so(capsys):
+    assert run.main(["bottleneck", "--shapes", "m5", "--no-check"]) == 1
+    assert "bottleneck has no case with the parts m5; one is m" in capsys.readouterr().err
 
 
 def test_a_wrong_contestant_is_seen():

@@ -314,9 +314,8 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     monkeypatch.setattr(fetch, "sentences", lambda: corpus.parent)
     monkeypatch.setattr(adapt, "load", lambda folder: (encoder, WordTokenizer()))
     picture, results = tmp_path / "out" / "table.png", tmp_path / "out" / "results.json"
-    threads = torch.get_num_threads()
-    options = ["--steps", "3", "--batch-size", "8", "--rank", "4", "--lora-rank", "3", "--threads", str(threads)]
-    options += ["--prefix-length", "5", "--backend", "reference"]
+    options = ["--steps", "3", "--batch-size", "8", "--rank", "4", "--lora-rank", "3", "--prefix-length", "5"]
+    options += ["--threads", str(torch.get_num_threads()), "--backend", "reference"]
     assert finetune.main([*options, "--device", "cpu", "--all", "--plot", str(picture), "--json", str(results)]) == 0
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.split() and line.split()[0] in adapt.METHODS}
@@ -335,6 +334,7 @@ def test_the_whole_demo_on_a_tiny_encoder(encoder, corpus, tmp_path, monkeypatch
     # Methods of one name, one row.
     assert finetune.main([*options, "--device", "cpu", "--methods", "head", "head"]) == 0  # and of one domain
     assert len(re.findall("^head ", capsys.readouterr().out, re.MULTILINE)) == 1
+    assert finetune.main([*options, "--batch-size", "999"]) == 1 and "batch_size must be at most" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
