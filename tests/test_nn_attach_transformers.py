@@ -204,7 +204,7 @@ def test_layers_that_the_model_looks_into(method):
             parameter.normal_(std=0.1)
         if method == "lora_bank":
             with route(model, torch.tensor([-1, -1], device=DEVICE)):
-                assert torch.equal(model(**inputs).logits, before)
+                torch.testing.assert_close(model(**inputs).logits, before)
             return
         adapted = model(**inputs).logits
         layer.merge()
