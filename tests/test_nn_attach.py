@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from fastadapt.nn.attach import METHODS
 
 from .accuracy import assert_within_reference_error
 from .battery import DEVICE
-from .modules import randomised
+from .modules import pooled, randomised
 from .test_nn import plain
 
 D, H, F, B, T = 16, 2, 24, 3, 5
@@ -108,18 +109,18 @@ def test_layer_with_adapters_is_what_the_paper_says(method):
     layer = encoder_layer()
     names = attach(layer, method, r=4)
     randomised(layer)
-    x, grad_y = torch.randn(B, T, D, device=DEVICE), torch.randn(B, T, D, device=DEVICE)
+    x, grad_y = torch.randn(2, 8, B, T, D, device=DEVICE)
+    hand, double = partial(by_hand, method=method), copy.deepcopy(layer).double()
 
-    def values(fn, layer, dtype):
-        inside = x.to(dtype).requires_grad_()
-        y, layer = fn(layer, inside)
+    def values(fn, layer, x, grad_y):
+        y, layer = fn(layer, x.requires_grad_())
         parameters = dict(layer.named_parameters())
-        grads = torch.autograd.grad(y, [inside, *parameters.values()], grad_y.to(dtype))
+        grads = torch.autograd.grad(y, [x, *parameters.values()], grad_y)
         return dict(zip(["y", "x", *parameters], (y.detach(), *grads)))
 
-    expected = values(lambda m, t: by_hand(m, t, method), layer, torch.float32)
-    oracle = values(lambda m, t: by_hand(m, t, method), copy.deepcopy(layer).double(), torch.float64)
-    actual = values(lambda m, t: (m(t), m), layer, torch.float32)
+    expected = pooled(partial(values, hand, layer), x, grad_y)
+    oracle = pooled(partial(values, hand, double), x.double(), grad_y.double())
+    actual = pooled(partial(values, lambda m, x: (m(x), m), layer), x, grad_y)
     assert actual.keys() == expected.keys() and any(name.startswith(names[0]) for name in actual)
     for name, value in actual.items():
         assert_within_reference_error(value, expected[name], oracle[name], name)
