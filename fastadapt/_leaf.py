@@ -115,23 +115,36 @@ def record(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
+class _Guarded(torch.autograd.Function):
+    """The first ``count`` tensors, as functions of all of them that can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("fastadapt: the backward pass can't be differentiated (create_graph=True); use backend='reference'")
+
+
 def differentiable_once(backward: Callable) -> Callable:
-    """Let a second differentiation of an autograd.Function raise.
+    """Let a second differentiation of an autograd.Function raise, whose ``backward`` is given what it saved.
 
     Unlike torch's once_differentiable also where grad_y needs no gradient itself, as in a gradient penalty: its term would
-    be dropped without a word.
+    be dropped without a word. What the gradients are made of goes in too, so that whoever asks for the gradient of one tensor
+    alone gets there by this way.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
+        saved = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
+            return backward(ctx, saved, *grads)
         with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        present = [t.detach().requires_grad_() for t in outputs if t is not None]
-        message = b"fastadapt: the backward pass can't be differentiated (create_graph=True); use backend='reference'"
-        guarded = torch._C._functions.DelayedError(message, len(present))(*present)
-        guarded = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+            outputs = backward(ctx, saved, *grads)
+        present = [t for t in outputs if t is not None]
+        origins = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
+        guarded = iter(_Guarded.apply(len(present), *present, *origins))
         return tuple(None if t is None else next(guarded) for t in outputs)
 
     return wrapper

@@ -146,11 +146,26 @@ def test_without_recording(spec, backend, case, dtype):
 
 @over("everything", dtypes=(torch.float32,))
 def test_double_backward_is_refused(spec, backend, case, dtype):
+    """Whichever tensor it is for: one that the op was given, or the gradient of its output."""
     arguments = case.make(dtype, DEVICE)
+    leaves = {n: t.clone().requires_grad_() for n, t in floats(arguments).items()}
+    y = spec.op(**substitute(arguments, leaves), backend=backend)
+    grad_y = torch.ones_like(y, requires_grad=True)
+    (grad,) = torch.autograd.grad(y, leaves[spec.activations[0]], grad_y, create_graph=True)
+    for inputs in (None, grad_y, *(leaves[name] for name in spec.bwd_outputs if name in leaves)):
+        with pytest.raises(RuntimeError, match="can't be differentiated"):
+            grad.sum().backward(inputs=inputs, retain_graph=True)
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_a_graph_of_the_backward_pass_costs_no_second_look_at_what_was_saved(spec, backend, case, dtype):
+    """Hooks on saved tensors may bring them back once only, as those of checkpointing do."""
+    arguments, looks = case.make(dtype, DEVICE), []
     x = arguments[spec.activations[0]].requires_grad_()
-    (grad,) = torch.autograd.grad(spec.op(**arguments, backend=backend).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="can't be differentiated"):
-        grad.sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: looks.append(id(t)) or t):
+        y = spec.op(**arguments, backend=backend).sum()
+    plain, graphed = ([torch.autograd.grad(y, x, create_graph=graph, retain_graph=True), len(looks)] for graph in (False, True))
+    assert torch.equal(plain[0][0], graphed[0][0]) and graphed[1] == 2 * plain[1] > 0
 
 
 @over("everything", dtypes=(torch.float32,))

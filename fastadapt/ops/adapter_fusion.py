@@ -71,12 +71,12 @@ class AdapterFusion(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_y, _):
+    def backward(ctx, saved, grad_y, _):
         backend, scale_value = ctx.constants
         mask = list(ctx.needs_input_grad[1:])
         grads = [None] * 4
         if any(mask):
-            outputs = getattr(_bwd, backend)(grad_y, *ctx.saved_tensors, scale_value, mask)
+            outputs = getattr(_bwd, backend)(grad_y, *saved, scale_value, mask)
             grads = [grad if wanted else None for grad, wanted in zip(outputs, mask)]
         return None, *grads
 

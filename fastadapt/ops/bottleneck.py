@@ -127,11 +127,11 @@ class Bottleneck(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_y):
+    def backward(ctx, saved, grad_y):
         (
             x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, skip_weight, hidden_skip_weight,
             adapter_ids,
-        ) = ctx.saved_tensors  # fmt: skip
+        ) = saved  # fmt: skip
         backend, add_x, scale_value, activation, norm_eps = ctx.constants
         needs = ctx.needs_input_grad
         mask = [needs[i] for i in (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)]

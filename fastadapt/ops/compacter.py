@@ -126,8 +126,8 @@ class Compacter(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_y):
-        *inputs, scale, adapter_ids = ctx.saved_tensors
+    def backward(ctx, saved, grad_y):
+        *inputs, scale, adapter_ids = saved
         backend, add_x, scale_value, activation = ctx.constants
         needs = ctx.needs_input_grad
         mask = [*needs[1:10], needs[11]]

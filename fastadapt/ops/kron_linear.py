@@ -131,10 +131,10 @@ class KronLinear(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_y):
+    def backward(ctx, saved, grad_y):
         backend, scale = ctx.constants
         mask = list(ctx.needs_input_grad[2:7])
-        grads = getattr(_bwd, backend)(grad_y, *ctx.saved_tensors, scale, mask) if any(mask) else mask
+        grads = getattr(_bwd, backend)(grad_y, *saved, scale, mask) if any(mask) else mask
         grads = (grad if wanted else None for grad, wanted in zip(grads, mask))
         return (None, None, *grads, grad_y if ctx.needs_input_grad[7] else None)
 

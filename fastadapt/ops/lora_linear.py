@@ -158,8 +158,8 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_y):
-        x, u, z, weight, *inputs, seed, adapter_ids = ctx.saved_tensors
+    def backward(ctx, saved, grad_y):
+        x, u, z, weight, *inputs, seed, adapter_ids = saved
         backend, scale, dropout_p, packed = ctx.constants
         mask = list(ctx.needs_input_grad[1:8])
         weight = weight if packed is None else dense(packed, x.dtype)

@@ -131,8 +131,8 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_y):
-        *tensors, key_lengths, attn_mask, seed, adapter_ids = ctx.saved_tensors
+    def backward(ctx, saved, grad_y):
+        *tensors, key_lengths, attn_mask, seed, adapter_ids = saved
         backend, is_causal, scale, dropout_p = ctx.constants
         mask = list(ctx.needs_input_grad[1:7])
         grads = [None] * 6

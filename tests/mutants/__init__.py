@@ -70,6 +70,12 @@ BUGS = {
     "autocast": ("op",),
 }
 
+# An edit of an op: a second differentiation, which differentiable_once refuses, goes the way of torch's decorator.
+ONCE = (
+    "    @differentiable_once\n",
+    "    @lambda f: torch.autograd.function.once_differentiable(lambda ctx, *grads: f(ctx, ctx.saved_tensors, *grads))\n",
+)
+
 
 @dataclass(frozen=True)
 class Rung:
