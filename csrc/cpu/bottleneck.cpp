@@ -78,6 +78,7 @@ struct Call {
     p.down_bias = in.parameter("down_bias", a.down_bias, r, true);
     p.up_bias = in.parameter("up_bias", a.up_bias, d, true);
     p.scale = in.broadcast_parameter("scale", a.scale, d);
+    p.scale_varies = a.scale && a.scale->dim();
     p.norm_weight = in.parameter("norm_weight", a.norm_weight, d, false);
     p.norm_bias = in.parameter("norm_bias", a.norm_bias, d, false);
     p.skip = in.parameter("skip_weight", a.skip_weight, d, false);

@@ -17,6 +17,7 @@ struct Problem {
   int64_t activation = 0;
   bool add_x = false, bank = false, backward = false, by_columns = false;
   bool own_weights = false;  // each thread packs the weights of its segments for itself
+  bool scale_varies = false;  // it is a vector, though its stride may be 0
   double scale_value = 1, norm_eps = 0;
   Rows x, residual, grad_y;
   Weight down, up;

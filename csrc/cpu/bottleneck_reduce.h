@@ -141,7 +141,7 @@ struct Reduce : P {
     for (int64_t j = 0; j < width; j += lanes<C>, ++sums) {
       const int64_t at = c + j, count = least(lanes<C>, width - j);
       if (p.wants[grad_scale]) store_at<C>(static_cast<C*>(p.scale_columns), at, count, sums->scale);
-      if (p.wants[grad_scale] && p.scale.stride) Base::write(p.scale, p.grads[grad_scale], at, sums->scale, count);
+      if (p.wants[grad_scale] && p.scale_varies) Base::write(p.scale, p.grads[grad_scale], at, sums->scale, count);
       if (p.wants[grad_norm_weight]) Base::write(p.norm_weight, p.grads[grad_norm_weight], at, sums->norm_weight, count);
       if (p.wants[grad_norm_bias]) Base::write(p.norm_bias, p.grads[grad_norm_bias], at, sums->norm_bias, count);
       if (p.wants[grad_skip]) Base::write(p.skip, p.grads[grad_skip], at, sums->skip, count);
@@ -180,7 +180,7 @@ struct Reduce : P {
       }
       if (p.wants[grad_hidden_skip]) Base::write(p.hidden_skip, p.grads[grad_hidden_skip], j, hidden_skip, p.r - j);
     }
-    if (p.wants[grad_scale] && !p.scale.stride) {
+    if (p.wants[grad_scale] && !p.scale_varies) {
       Vec<C> scale = {};
       for (int64_t c = 0; c < p.d; c += lanes<C>) scale += load_at<C>(static_cast<const C*>(p.scale_columns), c, p.d - c, 1);
       Base::write(p.scale, p.grads[grad_scale], 0, broadcast<C>(sum<C>(scale)), 1);
