@@ -173,6 +173,15 @@ def test_norms_of_the_kernel(dtype, n, k, r):
             row_norms(weight.T.contiguous().T, *args[1:], "native")
 
 
+@pytest.mark.parametrize("k, n", [(0, 4), (5, 0), (0, 0)])
+@on_cpu
+def test_a_layer_without_inputs_or_outputs(k, n):
+    arguments = {"x": torch.randn(M, k), "weight": torch.randn(n, k), "bias": torch.randn(n)}
+    arguments |= {"lora_a": torch.randn(2, k), "lora_b": torch.randn(n, 2)}
+    native, reference = (run(SPEC.op, arguments, backend=backend) for backend in ("native", "reference"))
+    assert all(torch.equal(native[name], reference[name]) for name in reference)
+
+
 def test_explain_draws_nothing():
     arguments = SPEC.case("small").make(torch.float32, DEVICE)
     before = torch.get_rng_state()

@@ -60,7 +60,7 @@ struct Product : Pass<T, W> {
   };
 
   static FA_INLINE Memory memory_of(const Problem& p, Arena& arena) {
-    const int64_t inner = p.backward ? p.n : p.k, panel_bytes = panel_width<C> * static_cast<int64_t>(sizeof(C));
+    const int64_t inner = most(1, p.backward ? p.n : p.k), panel_bytes = panel_width<C> * static_cast<int64_t>(sizeof(C));
     Memory t = {};
     t.depth = ceil_div(inner, ceil_div(inner, product_inner));
     t.width = panel_width<C> * most(1, streamed_bytes / panel_bytes / t.depth);
