@@ -9,7 +9,7 @@ from fastadapt.ops.bottleneck import _bwd, _fwd
 from . import numerics
 from .battery import BACKENDS, DEVICE, check, floats, on_cpu, run, substitute
 from .peak import extra_bytes
-from .specs.bottleneck import SPEC
+from .specs.bottleneck import SPEC, make
 
 backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if (b, DEVICE) in _fwd.available])
 
@@ -31,6 +31,24 @@ def test_rows_without_adapter_ignore_its_parameters(backend):
         arguments[name] = torch.full_like(arguments[name], float("nan"))
     result = run(SPEC.op, arguments, backend=backend)
     assert torch.equal(result["y"], arguments["residual"]) and not result["down_weight"].any() and not result["x"].any()
+
+
+@pytest.mark.parametrize("m", [6, 150])
+@backends
+def test_one_scale_expanded_to_all_channels_has_a_gradient_for_each(backend, m):
+    layout = lambda name, t: t[:1].expand(t.shape) if name == "scale" else t  # noqa: E731
+    check(SPEC, backend, lambda: make(torch.float32, DEVICE, shape=(m, 24), r=8, scale="channel"), layout=layout)
+
+
+@pytest.mark.parametrize("m, lead", [(300, ()), (40, (2,))])
+@on_cpu
+def test_without_hidden_units_the_bias_is_left(m, lead):
+    arguments = {"x": torch.randn(m, 5), "down_weight": torch.randn(*lead, 0, 5), "up_weight": torch.randn(*lead, 5, 0)}
+    arguments |= {"down_bias": torch.randn(*lead, 0), "up_bias": torch.randn(*lead, 5)}
+    arguments |= {"adapter_ids": torch.arange(m) % 3 - 1} if lead else {}
+    native, reference = (run(SPEC.op, arguments, backend=backend) for backend in ("native", "reference"))
+    for name in reference:
+        torch.testing.assert_close(native[name], reference[name])
 
 
 @pytest.mark.skipif(("triton", DEVICE) not in _fwd.available, reason="needs a GPU or TRITON_INTERPRET=1")

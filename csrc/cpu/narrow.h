@@ -106,6 +106,7 @@ FA_INLINE void pack_projection(const Source<C, S>& b, C* packed, int64_t part, i
 template <class C>
 FA_INLINE void project_rows(int64_t rows, int64_t k, int64_t n, const C* a, int64_t lda, const C* packed, const C* start,
                             C* c, bool accumulate = false) {
+  if (n == 0) return;  // rows of c have no room for a tile
   if (is_narrow(n))
     gemm_narrow(rows, k, a, lda, packed, start, c, padded<C>(n), accumulate);
   else
