@@ -11,6 +11,7 @@ from ._common import dropout_keeps
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -129,9 +130,10 @@ def hide(scores, keys, limits, mask_ptr, mask_offsets, mask_stride):
         if mask_ptr.dtype.element_ty == tl.uint8:
             seen = seen & (tl.load(mask_ptrs, mask=seen, other=0) != 0)
         else:
-            bias = tl.load(mask_ptrs, mask=seen, other=0.0).to(tl.float32) * LOG2E
-            scores += bias
+            bias = tl.load(mask_ptrs, mask=seen, other=0.0).to(tl.float32)
             seen = seen & (bias != float("-inf"))
+            bias *= LOG2E
+            scores += tl.where(bias < LOWEST, LOWEST, bias)  # a finite mask hides nothing
     return tl.where(seen, scores, float("-inf")), seen
 
 

@@ -129,6 +129,12 @@ struct Tiles {
     dropout_factors(dropout_of(p), dropout_row(p, tile.i, s.j, s.l + r), column, n, w.factors);
   }
 
+  // Far from 0 a logarithm is rounded by more than 1, and only says that a weight is at most 1.
+  static FA_INLINE Vec<C> weight_of(Vec<C> score, const Softmax& softmax, int64_t r) {
+    const Vec<C> x = score - softmax.lse[r] - softmax.rest[r];
+    return power_of_2(x > 0 ? Vec<C>{} : x);
+  }
+
   // Row r: scores become weights as grad_v needs them, gradients of weights those of scores. LIMITED: causality hides keys;
   // MODIFIED: a mask does, or weights have factors.
   template <bool LIMITED, bool MODIFIED>
@@ -136,7 +142,7 @@ struct Tiles {
     typename Simd<C>::I index;
     for (int c = 0; c < L; ++c) index[c] = c;
     C *weights = w.weights + r * tile_keys, *grads = w.grad_scores + r * tile_keys;
-    const C lse = s.softmax.lse[r], rest = s.softmax.rest[r], delta = s.softmax.delta[r];
+    const C lse = s.softmax.lse[r], delta = s.softmax.delta[r];
     const C gain = MODIFIED && p.gate && !tile.own ? p.gate[s.j] : 1, to_grad = static_cast<C>(p.scale) * gain;
     const C nothing = lse == lse ? 0 : lse;  // a hidden key has no part, whatever its score is, but of a sum that is NaN
     const bool dropped = MODIFIED && p.dropped;
@@ -148,7 +154,7 @@ struct Tiles {
         if (LIMITED) v = index <= static_cast<int>(s.limit + r) ? v : broadcast<C>(hidden);
         return MODIFIED ? score == -infinity<C> ? broadcast<C>(nothing) : v : v;
       };
-      const Vec<C> weight = seen(power_of_2(score - lse - rest), nothing);
+      const Vec<C> weight = seen(weight_of(score, s.softmax, r), nothing);
       const Vec<C> factor = dropped ? load<C>(w.factors + c) : broadcast<C>(1);
       store(weights + c, MODIFIED ? weight * factor * gain : weight);
       if (!tile.slopes) continue;
@@ -219,7 +225,7 @@ struct Tiles {
       if (p.dropped) draw(p, tile, w, s, r, tile.n);
       Vec<C> total = {};
       for (int64_t c = 0; c < tile.n; c += L) {
-        const Vec<C> weight = power_of_2(load<C>(weights + c) - s.softmax.lse[r] - s.softmax.rest[r]);
+        const Vec<C> weight = weight_of(load<C>(weights + c), s.softmax, r);
         Vec<C> product = weight * load<C>(grads + c);
         if (p.dropped) product *= load<C>(w.factors + c);
         for (int64_t k = tile.n - c; k < L; ++k) product[k] = 0;

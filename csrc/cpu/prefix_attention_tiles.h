@@ -19,6 +19,8 @@ constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
 template <class C>
 constexpr C infinity = static_cast<C>(__builtin_inf());
+template <class C>
+constexpr C lowest = sizeof(C) == sizeof(float) ? -__FLT_MAX__ : -__DBL_MAX__;
 
 // 2^x with an error of an ulp; below -126 it is 0. In float32 for x up to 127.
 FA_INLINE VF power_of_2(VF x) {
@@ -189,7 +191,9 @@ void add_mask(const Problem& p, int64_t i, int64_t j, int64_t l, int64_t first, 
     row += first * step;
     for (int64_t k = 0; k < n; k += lanes<C>) {
       const Vec<C> mask = load_at<C>(row + k * step, 0, n - k, step), hidden = broadcast<C>(-infinity<C>);
-      store(scores + k, mask == hidden ? hidden : load<C>(scores + k) + mask * static_cast<C>(log2_e));
+      Vec<C> added = mask * static_cast<C>(log2_e);
+      added = added < lowest<C> ? broadcast<C>(lowest<C>) : added;  // a finite mask hides nothing
+      store(scores + k, mask == hidden ? hidden : load<C>(scores + k) + added);
     }
   };
   if (p.mask_kind == Mask::like_q)

@@ -276,9 +276,10 @@ def prefix_attention(
 
     Rounding, with a 16-bit ``q``: the output and the gradients once, at their end, and a float32 prefix to the dtype of ``q``
     before its use; scores and sums are float32 (float64 for float64), and backward uses the rounded output and makes the
-    weights anew, from the logarithm of a query's sum of exponentials in float32. Matrix units (every GPU backend, and those of
-    a CPU in bfloat16) also round the weights, before they are divided by their sum, and in backward the weights and the
-    gradients of the scores. Sequences don't depend on each other.
+    weights anew, from the logarithm of a query's sum of exponentials in float32: of a query all of whose scores lie so far
+    from 0 that it is rounded by more than 1, as where ``finfo.min`` is added to all of them, these are only known to be at
+    most 1. Matrix units (every GPU backend, and those of a CPU in bfloat16) also round the weights, before they are divided by
+    their sum, and in backward the weights and the gradients of the scores. Sequences don't depend on each other.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
