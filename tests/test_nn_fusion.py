@@ -144,6 +144,14 @@ def test_compiles_without_graph_break(options):
     torch.testing.assert_close(compiled(x), fusion(x))
 
 
+def test_exports_for_every_batch():
+    fusion, dynamic = build(), torch.export.Dim.DYNAMIC
+    xs = [torch.randn(*rows, D, device=DEVICE) for rows in ((9, 11), (8, 10))]
+    program = torch.export.export(fusion, (xs[0],), dynamic_shapes=({0: dynamic, 1: dynamic},))
+    with torch.no_grad():
+        assert all(torch.equal(program.module()(x), fusion(x)) for x in xs)
+
+
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [

@@ -109,6 +109,20 @@ def test_exports(spec, backend, case, dtype):
     assert torch.equal(program.module()(arguments[name]), spec.op(**arguments, backend=backend))
 
 
+@over("everything", "bank-of-sequences", "dropout", dtypes=(torch.float32,))
+def test_exports_for_every_batch(spec, backend, case, dtype):
+    arguments = case.make(dtype, DEVICE)
+    names = [n for n in (*spec.activations, *spec.numerics.rows) if arguments.get(n) is not None]
+    dims = {n: spec.numerics.along.get(n, 0) for n in names}
+    few = {n: arguments[n].narrow(dim, 0, 2).contiguous() for n, dim in dims.items()}
+    for name in (backend, "reference"):
+        module = torch.nn.Module()
+        module.forward = lambda inputs: spec.op(**{**arguments, **inputs}, backend=name)  # noqa: B023
+        dynamic = ({n: {dim: torch.export.Dim.DYNAMIC} for n, dim in dims.items()},)
+        program = torch.export.export(module, ({n: arguments[n] for n in names},), dynamic_shapes=dynamic)
+        assert torch.equal(program.module()(few), spec.op(**{**arguments, **few}, backend=name))
+
+
 @over("everything", "bank-with-everything", "norm", dtypes=(torch.float64,))
 def test_gradcheck(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)

@@ -1,5 +1,6 @@
 """AdapterFusion: a frozen layer's adapters of many tasks, mixed for each token by attention over them."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ def folded_query(x: Tensor, query: nn.Linear | None, key: nn.Linear | None) -> T
     if key is None:
         return x if query is None else query(x)
     weight, bias = key.weight.T, None if key.bias is None else 0.0 * key.bias
-    if query is not None and x.shape[:-1].numel() < x.shape[-1]:
+    if query is not None and math.prod(x.shape[:-1]) < x.shape[-1]:
         return F.linear(query(x), weight, bias)
     if query is not None:
         if query.bias is not None:

@@ -1,5 +1,7 @@
 """kron_linear: y = residual + scale * (x @ sum_i kron(a[i], b[i])) + bias, the matrix never formed where that costs more."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def cheapest_order(m: int, terms: int, a_in: int, a_out: int, b_in: int, b_out: 
 def _order(x, a, s, t) -> str:
     """How plain PyTorch computes the call. float16 could lose the elements of the matrix, which are products of factors."""
     q, b_out = (None, s.shape[-1]) if t is None else (s.shape[-1], t.shape[-1])
-    return cheapest_order(x.shape[:-1].numel(), *a.shape, s.shape[1], b_out, q, dense=x.dtype != torch.float16)
+    return cheapest_order(math.prod(x.shape[:-1]), *a.shape, s.shape[1], b_out, q, dense=x.dtype != torch.float16)
 
 
 def _products(x, a, s, t, bias, residual, scale):

@@ -64,7 +64,7 @@ def lora_linear_reference(
     cast = lambda t: t.to(x.dtype) if isinstance(t, Tensor) else t  # noqa: E731
     dropped = x
     if dropout_p:
-        stays = dropout.kept(dropout_seed, x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
+        stays = dropout.kept(dropout_seed, math.prod(x.shape[:-1]), x.shape[-1], dropout_p).view(x.shape)
         dropped = torch.where(stays, x * dropout.kept_scale(dropout_p), 0.0)
 
     def branch(dropped, lora_a, lora_b, scale, lora_bias, diagonal):
@@ -93,7 +93,7 @@ _PARAMETERS += "Tensor? seed, Tensor? adapter_ids"
 
 
 def _saved_shape(x, lora_a):
-    return x.shape[:-1].numel(), lora_a.shape[-2]
+    return math.prod(x.shape[:-1]), lora_a.shape[-2]  # numel() would make dynamic sizes numbers
 
 
 def _fwd_fake(x, weight, bias, lora_a, *args):
