@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "native", "triton")
 # The first implementation that exists and supports the call wins; the reference runs where none does.
@@ -73,9 +74,12 @@ class Leaf:
     def choose(self, backend: str | None, device_type: str, args: tuple) -> str:
         """Name the implementation that a call uses: the one asked for, or the first of the device's order that can.
 
-        Kernels see no batched or dual tensors: inside a torch.func transform the order is the reference alone.
+        Kernels see no batched or dual tensors: inside a torch.func transform, and where forward-mode derivatives are taken, the
+        order is the reference alone.
         """
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        transformed = not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        )
         if backend is None:
             if not transformed:
                 for name in ORDER.get(device_type, ()):
@@ -87,7 +91,9 @@ class Leaf:
         if reason := self.refusal(backend, device_type, args):
             raise RuntimeError(reason)
         if transformed and backend != "reference":
-            raise RuntimeError(f"{self.name}: backend {backend!r} does not support torch.func transforms, use 'reference'")
+            raise RuntimeError(
+                f"{self.name}: backend {backend!r} supports neither torch.func transforms nor forward-mode AD, use 'reference'"
+            )
         return backend
 
     def explain(self, backend: str | None, device_type: str, args: tuple) -> str:

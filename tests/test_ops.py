@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.autograd import forward_ad
 
 from fastadapt._leaf import INTERPRET
 
@@ -194,6 +195,20 @@ def test_function_transforms(spec, backend, case, dtype):
     torch.testing.assert_close(grads, run(call, {"x": xs[0]}, backend="reference")["x"])
     with pytest.raises(RuntimeError, match=f"{backend}.*torch.func"):
         torch.func.vmap(lambda x: call(x, backend=backend))(xs)
+
+
+@over("everything", dtypes=(torch.float32,))
+def test_forward_mode_derivatives(spec, backend, case, dtype):
+    """They take the reference like transforms; a kernel would drop the tangent."""
+    arguments, first = case.make(dtype, DEVICE), spec.activations[0]
+    x, tangent = arguments[first], torch.randn_like(arguments[first])
+    call = lambda x, **options: spec.op(**{**arguments, first: x}, **options)  # noqa: E731
+    _, expected = torch.func.jvp(lambda x: call(x, backend="reference"), (x,), (tangent,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        torch.testing.assert_close(forward_ad.unpack_dual(call(dual)).tangent, expected)
+        with pytest.raises(RuntimeError, match=f"{backend}.*forward-mode"):
+            call(dual, backend=backend)
 
 
 @over("everything", dtypes=(torch.float32,))
