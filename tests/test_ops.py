@@ -224,10 +224,12 @@ def test_activation_checkpointing(spec, backend, case, dtype):
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
 
 
-@over("float32-parameters", dtypes=(torch.float32, torch.bfloat16))
+@over("float32-parameters", "small", dtypes=(torch.float32, torch.bfloat16, torch.float16))
 def test_autocast_casts_what_the_spec_names_alone(spec, backend, case, dtype):
+    """And, in an op that casts, what else has 16 bits; a number of float32 stays one."""
     arguments = case.make(dtype, DEVICE)
-    plain = run(lambda **a: spec.op(**a | {n: a[n].bfloat16() for n in spec.autocast}, backend=backend), arguments)
+    names = {*spec.autocast, *(n for n, t in floats(arguments).items() if t.dtype == torch.float16 and spec.autocast)}
+    plain = run(lambda **a: spec.op(**a | {n: a[n].bfloat16() for n in names}, backend=backend), arguments)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         cast = run(spec.op, arguments, backend=backend)
     assert all(plain[name].dtype == cast[name].dtype and torch.equal(plain[name], cast[name]) for name in plain)

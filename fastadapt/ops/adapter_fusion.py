@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad, record
-from .lora_linear import autocasts
+from .lora_linear import autocast, autocasts
 
 
 def _scores(query: Tensor, keys: Tensor, scale: float | Tensor) -> Tensor:
@@ -119,9 +119,9 @@ def adapter_fusion(
 
     Scores, softmax and sum are one pass over ``keys`` and ``values``, and one over both where they are the same tensor.
     Backward saves the arguments and ``g`` float32 numbers a row. Frozen arguments cost no gradient. Under autocast ``query``,
-    ``keys`` and ``values`` are cast, as for PyTorch's attention. A projection of the keys belongs into the query and one of
-    the values behind the sum, so that neither is done ``g`` times: see :class:`fastadapt.nn.AdapterFusion`. Source: Pfeiffer
-    et al. 2021 (AdapterFusion).
+    ``keys`` and ``values`` are cast, as for PyTorch's attention, and a ``scale`` of 16 bits. A projection of the keys belongs
+    into the query and one of the values behind the sum, so that neither is done ``g`` times: see
+    :class:`fastadapt.nn.AdapterFusion`. Source: Pfeiffer et al. 2021 (AdapterFusion).
 
     Args:
         query: ``(..., d)``, any strides, so that ``expand`` gives a query that all rows share; float16, bfloat16, float32, or
@@ -147,10 +147,9 @@ def adapter_fusion(
     if not isinstance(query, Tensor):
         check.tensor("query", query)
     if autocasts(query):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t  # noqa: E731
-        shared, query, keys = values is keys, cast(query), cast(keys)
-        values = keys if shared else cast(values)
+        shared = values is keys
+        query, keys, values, scale = autocast(query, (query, keys, None if shared else values), (scale,))
+        values = keys if shared else values
     if isinstance(scale, (int, float)) and torch.compiler.is_compiling():
         # A tensor, since a number would be compiled in: one graph a value.
         scale = scale * torch.ones((), dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)

@@ -18,6 +18,17 @@ def autocasts(t: Tensor) -> bool:
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def autocast(like: Tensor, operands: tuple, parameters: tuple) -> tuple:
+    """``operands`` as PyTorch casts those of its products: all but float64, to the dtype of autocast where ``like`` is; and of
+    ``parameters``, which may be float32 beside them, those of 16 bits. What is no tensor stays."""
+    dtype = torch.get_autocast_dtype(like.device.type)
+    cast = lambda t, dtypes: t.to(dtype) if isinstance(t, Tensor) and t.dtype in dtypes else t  # noqa: E731
+    return *(cast(t, (*_NARROW, torch.float32)) for t in operands), *(cast(t, _NARROW) for t in parameters)
+
+
 def without_autocast(t: Tensor):
     """A context in which products keep their dtype on the device of ``t``."""
     return torch.autocast(t.device.type, enabled=False) if autocasts(t) else contextlib.nullcontext()
@@ -254,12 +265,6 @@ def _check(
         check.adapter_ids(adapter_ids, x, *g, check_ids, reads_ids)
 
 
-def _autocast(x, weight, bias):
-    """The operands of the frozen layer in the dtype of autocast. Adapters stay float32."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in (x, weight, bias))
-
-
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, *, scale: float | Tensor = 1.0,
     dropout_p: float = 0.0, dropout_seed: Tensor | None = None, magnitude: Tensor | None = None,
@@ -272,8 +277,9 @@ def lora_linear(
     ``gain`` is 1, or with ``magnitude`` that of DoRA: ``magnitude / ||weight + scale * lora_b @ diag(diagonal) @ lora_a||``,
     each row's norm, which is not differentiated. Backward saves ``x``, ``dropout(x) @ lora_a.T`` (float32, r numbers a row) and
     the seed of dropout; for the gradient of ``magnitude`` also ``y`` before ``gain`` and ``bias``. Frozen arguments cost no
-    gradient. Under autocast ``x``, ``weight`` and ``bias`` are cast, as for a linear layer. Sources: Hu et al. 2021 (LoRA),
-    Kalajdzievski 2023 (rsLoRA: a scale of alpha / sqrt(r)), Zhang et al. 2023 (AdaLoRA: ``diagonal``), Liu et al. 2024 (DoRA).
+    gradient. Under autocast ``x``, ``weight`` and ``bias`` are cast, as for a linear layer, and other parameters of 16 bits.
+    Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA: a scale of alpha / sqrt(r)), Zhang et al. 2023 (AdaLoRA:
+    ``diagonal``), Liu et al. 2024 (DoRA).
 
     Args:
         x: ``(..., k)``, any strides; float16, bfloat16, float32, or float64 on the CPU.
@@ -316,7 +322,9 @@ def lora_linear(
     if isinstance(x, Tensor):
         weight = weight if packed is None else dense(packed, x.dtype)
         if autocasts(x):
-            x, weight, bias = _autocast(x, weight, bias)
+            x, weight, bias, lora_a, lora_b, scale, magnitude, lora_bias, diagonal = autocast(
+                x, (x, weight, bias), (lora_a, lora_b, scale, magnitude, lora_bias, diagonal)
+            )
     given = (
         x, weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, magnitude, lora_bias, diagonal, adapter_ids, check_ids
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad, record
 from . import dropout
-from .lora_linear import autocasts
+from .lora_linear import autocast, autocasts
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -244,8 +244,9 @@ def prefix_attention(
     concatenated, expanded over the batch or repeated over heads. With ``gate`` the prefix has a softmax of its own:
     ``y = softmax(scale * q @ k.T) @ v + gate * softmax(scale * q @ prefix_k.T) @ prefix_v``. Backward saves ``q``, ``k``,
     ``v``, ``y`` and one float32 number a query (with ``gate`` two), no weights. Frozen arguments cost no gradient. Under
-    autocast ``q``, ``k`` and ``v`` are cast, as for PyTorch's attention. A query that sees no key at all has the output 0.
-    Sources: Li and Liang 2021 (prefix tuning), Zhang et al. 2023 (LLaMA-Adapter: ``gate``), Dao 2023 (FlashAttention-2).
+    autocast ``q``, ``k`` and ``v`` are cast, as for PyTorch's attention, and what else has 16 bits. A query that
+    sees no key at all has the output 0. Sources: Li and Liang 2021 (prefix tuning), Zhang et al. 2023 (LLaMA-Adapter:
+    ``gate``), Dao 2023 (FlashAttention-2).
 
     Args:
         q: ``(b, h, t, e)``, any strides; float16, bfloat16, float32, or float64 on the CPU. On a GPU 8 divides ``e``, at most
@@ -286,8 +287,7 @@ def prefix_attention(
         RuntimeError: the backend asked for is missing or doesn't support the call, or the result is differentiated twice.
     """
     if isinstance(q, Tensor) and autocasts(q):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in (q, k, v))
+        q, k, v, prefix_k, prefix_v, attn_mask, gate = autocast(q, (q, k, v), (prefix_k, prefix_v, attn_mask, gate))
     given = (
         q, k, v, prefix_k, prefix_v, is_causal, key_lengths, attn_mask, scale, gate, dropout_p, dropout_seed, adapter_ids
     )  # fmt: skip

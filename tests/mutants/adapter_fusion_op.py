@@ -43,10 +43,10 @@ MUTANTS = (
     ),
     Mutant(
         "values as they are under autocast", "autocast", {alone("test_autocast"): "values must be torch.bfloat16 like query"},
-        [(OP, "values = keys if shared else cast(values)", "values = keys if shared else values")],
+        [(OP, "keys, None if shared else values), (", "keys), (None if shared else values, ")],
     ),
     Mutant(
         "keys that are read twice under autocast", "hidden copy", {alone("test_autocast"): "assert"},
-        [(OP, "values = keys if shared else cast(values)", "values = cast(values)")],
+        [(OP, "shared = values is keys", "shared = False")],
     ),
 )  # fmt: skip

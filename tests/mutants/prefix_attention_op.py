@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "keys that autocast passes by", "autocast", {CAST: "k must be torch.bfloat16 like q"},
-        [(OP, "if isinstance(t, Tensor) and t.dtype == torch.float32 else t for", "if t is q else t for")],
+        [(OP, "autocast(q, (q, k, v), (", "autocast(q, (q,), (k, v, ")],
     ),
     Mutant(
         "gradients that go nowhere", "second differentiation", {TWICE: "differentiate twice"},
