@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from . import _check as check
+
 BACKENDS = ("reference", "native", "triton")
 # The first implementation that exists and supports the call wins; the reference runs where none does.
 ORDER = {"cuda": ("triton", "native"), "cpu": ("native",)}
@@ -160,16 +162,17 @@ def explain(op: Callable, *args, **kwargs) -> str:
     """Say which implementation a call would run and why, without running it.
 
     Args:
-        op: a public function of this package, for example ``fastadapt.bottleneck``.
+        op: an op of this package that has backends, for example ``fastadapt.bottleneck``.
         args, kwargs: the arguments of the call.
 
     Returns:
         Text: the chosen backend on the first line, then the ones passed over, each with its reason.
     """
     if not hasattr(op, "leaf"):
-        raise TypeError(f"op must be a public function of fastadapt, got {op!r}")
+        raise TypeError(f"op must be an op of fastadapt that has backends, got {op!r}")
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
-    backend = bound.arguments.pop("backend")
-    leaf_args = op.arguments(**bound.arguments)
-    return op.leaf.explain(backend, leaf_args[0].device.type, leaf_args)
+    (first, value), *_ = bound.arguments.items()
+    check.tensor(first, value)
+    leaf_args = op.arguments(*(bound.arguments[name] for name in inspect.signature(op.arguments).parameters))
+    return op.leaf.explain(bound.arguments["backend"], value.device.type, leaf_args)
