@@ -118,8 +118,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 def record(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)``, past its Python: that serves torch.func transforms, inside which no kernel is chosen."""
-    if torch.compiler.is_compiling():
-        return function.apply(*args)
+    if torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd.Function
+        again = (isinstance(t, torch.Tensor) and any(t is other for other in args[:i]) for i, t in enumerate(args))
+        return function.apply(*(t.view_as(t) if twice else t for t, twice in zip(args, again)))
     return super(torch.autograd.Function, function).apply(*args)
 
 

@@ -89,6 +89,18 @@ def test_compiles_without_graph_break(spec, backend, case, dtype, dynamic):
         assert torch.equal(traced[name], eager[name]), name
 
 
+@over("everything", "dora-with-everything", dtypes=(torch.float32,))
+def test_one_tensor_wherever_it_fits_compiles(spec, backend, case, dtype):
+    arguments, first = case.make(dtype, DEVICE), {}
+    tensors = {n: first.setdefault(t.shape, t) for n, t in floats(arguments).items()}
+    assert len(first) < len(tensors)
+    torch._dynamo.reset()
+    compiled = torch.compile(spec.op, fullgraph=True, backend="aot_eager", dynamic=True)
+    eager, traced = (run(fn, {**arguments, **tensors}, backend=backend) for fn in (spec.op, compiled))
+    for name in eager:
+        torch.testing.assert_close(traced[name], eager[name])
+
+
 @over("m33-d65-r17", dtypes=(torch.float32,))
 def test_scale_value_costs_no_recompilation(spec, backend, case, dtype):
     arguments = case.make(dtype, DEVICE)

@@ -251,8 +251,6 @@ def compacter(
         # A tensor, since a number would be compiled in: one graph a value.
         scale = scale * torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     args = _arguments(x, down, up, down_bias, up_bias, residual, scale, activation, adapter_ids)
-    if args[4] is args[1] and torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd.Function
-        args = (*args[:4], args[4].view_as(args[4]), *args[5:])
     name = _fwd.choose(backend, "cpu" if x.is_cpu else x.device.type, args)
     if name != "native" or torch.compiler.is_compiling():
         _check(*args)

@@ -303,8 +303,6 @@ def prefix_attention(
             gate=gate, dropout_p=dropout_p, dropout_seed=given[11], adapter_ids=adapter_ids,
         )  # fmt: skip
     *tensors, is_causal, key_lengths, attn_mask, scale, dropout_p, seed, adapter_ids = args
-    if torch.compiler.is_compiling():  # Dynamo takes no tensor twice in an autograd.Function
-        tensors = [t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors)]
     constants = name, is_causal, scale, dropout_p
     try:
         if needs_grad(*args[:6]):

@@ -2,7 +2,7 @@
 
 from . import ONCE, Mutant, Rung
 
-OP = "fastadapt/ops/prefix_attention.py"
+OP, LEAF = "fastadapt/ops/prefix_attention.py", "fastadapt/_leaf.py"
 PLUGINS = ("tests.mutants.extension_plugin",)
 
 
@@ -65,7 +65,7 @@ MUTANTS = (
     ),
     Mutant(
         "one tensor in two places of a graph", "graph break", {SHARED: "Unsupported|twice|duplicate"},
-        [(OP, "    if torch.compiler.is_compiling():  # Dynamo takes", "    if False:  # Dynamo takes")],
+        [(LEAF, "t.view_as(t) if twice else t for", "t for")],
     ),
     Mutant(
         "a copy of the mask for each head", "hidden copy", {IN_PLACE: "assert"},
