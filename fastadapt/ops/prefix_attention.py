@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .. import _check as check
 from .._leaf import Leaf, differentiable_once, needs_grad, record
@@ -183,7 +184,8 @@ def _check_integers(name, value, q, shape, low, high, meaning, values):
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be (b,) = {shape}, got {tuple(value.shape)}")
     check.same_device(name, value, q, "q")
-    if values and value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+    readable = values and value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel()
+    if readable and not isinstance(value, FakeTensor) and not torch._C._functorch.is_batchedtensor(value):
         least, most = int(value.min()), int(value.max())
         if least < low or most > high:
             raise ValueError(f"{name} must lie in [{low}, {high}] {meaning}, got {least if least < low else most}")
