@@ -192,6 +192,8 @@ def _check(
     if norm_weight is None and norm_bias is not None:
         raise ValueError("norm_weight must be given with norm_bias, got None")
     check.parameter("norm_bias", norm_bias, x, (d,), "(d,)")
+    if not isinstance(norm_eps, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"norm_eps must be a number, got {type(norm_eps).__name__}")
     check.parameter("skip_weight", skip_weight, x, (d,), "(d,)")
     check.parameter("hidden_skip_weight", hidden_skip_weight, x, (r,), "(r,)")
     if adapter_ids is not None:

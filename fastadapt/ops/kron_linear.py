@@ -147,10 +147,12 @@ def _arguments(x, a, b, bias, residual, scale):
         raise TypeError(f"b must be a tensor or two factors (s, t), got {type(b).__name__}")
     a, (s, t) = product("a", a), (b, None) if isinstance(b, Tensor) else b
     if isinstance(scale, Tensor):
-        if scale.dim():
-            raise ValueError(f"scale must be a number or a 0-d tensor, got {tuple(scale.shape)}")
+        if scale.dim() or scale.dtype not in (x.dtype, torch.float32):
+            check.parameter("scale", scale, x, (), "0-d")
+        check.activation_dtype("a", a)
         # In 16 bits the product would be rounded. All factors have one dtype.
-        a, s, t = (f.to(torch.promote_types(f.dtype, torch.float32)) if isinstance(f, Tensor) else f for f in (a, s, t))
+        wide, narrow = torch.promote_types(a.dtype, torch.float32), a.dtype
+        a, s, t = (f.to(wide) if isinstance(f, Tensor) and f.dtype == narrow else f for f in (a, s, t))
         a, scale = scale * a, 1.0
     return x, a, s, t, bias, residual, scale
 

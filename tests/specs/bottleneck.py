@@ -142,6 +142,7 @@ BAD = (
         "norm_weight must be given with norm_bias, got None"),
     Bad("norm-shape", change(norm_weight=cut("up_bias")), ValueError,
         r"norm_weight must be \(d,\) = \(33,\), got \(32,\)"),
+    Bad("norm-eps", change(norm_eps="small"), TypeError, "norm_eps must be a number, got str"),
     Bad("skip-shape", change(skip_weight=lambda a: a["down_bias"]), ValueError,
         r"skip_weight must be \(d,\) = \(33,\), got \(7,\)"),
     Bad("hidden-skip-shape", change(hidden_skip_weight=lambda a: a["up_bias"]), ValueError,

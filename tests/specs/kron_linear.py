@@ -108,6 +108,12 @@ BAD = (
         r"residual must be \(5, 24\) .* like the output, got \(5, 33\)"),
     Bad("residual-dtype", change(residual=lambda a: a["residual"].double()), ValueError,
         "residual must be .* like the output, got .*torch.float64"),
+    Bad("scale-dtype", change(scale=lambda a: torch.ones((), dtype=torch.int64, device=a["x"].device)), TypeError,
+        "scale must be torch.float32 like x, got torch.int64"),
+    Bad("integers-scaled", change(scale=lambda a: a["bias"][0], a=lambda a: a["a"].long()), TypeError,
+        "a must be float16, .* got torch.int64"),
+    Bad("one-factor-of-integers-scaled", change(scale=lambda a: a["bias"][0], t=lambda a: a["t"].long()), TypeError,
+        "t must be torch.float32 like x, got torch.int64"),
     Bad("scale-type", change(scale="big"), TypeError, "scale must be a number or a 0-d tensor, got str"),
     Bad("backend", change(backend="cuda"), ValueError, "backend must be None or one of .*'native'.*, got 'cuda'"),
 )  # fmt: skip
