@@ -69,7 +69,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
     ``state_dict``, saving and loading, ``isinstance``, merging, hot-swapping, switching, adding and deleting adapters stay the
     library's own. A prefix is given to the attention layers for the time of a call, in place of the cache or the concatenation
     of the library. Whatever a layer is asked for that no kernel computes goes through the library's own ``forward``. A second
-    call looks for layers that were added since, and changes nothing else but ``backend``.
+    call looks for layers that were added since, and changes nothing else but ``backend``. Threads may share a model; where it
+    has prefixes of ``peft``, their calls run one after another, a whole ``generate`` each.
 
     Args:
         model: a ``PeftModel``, a model after ``adapters.init``, or any module that contains layers of one of the libraries.

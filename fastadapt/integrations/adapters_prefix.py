@@ -124,17 +124,16 @@ class _ByName(_Attention):
     """That of a layer that looks up its function by name, after it has called the layer of prefixes."""
 
     def forward(self, *args, **kwargs):
-        names = self._names(args, kwargs)
-        if names is None:
-            return super().forward(*args, **kwargs)
-        layer = self.prefix_tuning.__dict__
-        layer["_fastadapt_taker"] = self, names
-        try:
-            with prefixes.implementation(self.config):
-                return super().forward(*args, **kwargs)
-        finally:
-            del layer["_fastadapt_taker"]
-            self.__dict__.pop("fastadapt_prefix", None)
+        forward, names, layer = super().forward, self._names(args, kwargs), self.prefix_tuning.__dict__
+        with prefixes.turn(self):
+            if names is None:
+                return forward(*args, **kwargs)
+            layer["_fastadapt_taker"] = self, names
+            try:
+                with prefixes.holding(self, None):  # until the layer of prefixes has been called
+                    return forward(*args, **kwargs)
+            finally:
+                del layer["_fastadapt_taker"]
 
 
 class _Encoder(_Attention):
@@ -147,11 +146,8 @@ class _Encoder(_Attention):
         return super().forward(*args, **kwargs) if names is None else self._with_prefix(names, *args, **kwargs)
 
     def _with_prefix(self, names: list[str], hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        self.fastadapt_prefix = self.prefix_tuning.prefix(names, hidden_states)
-        try:
+        with prefixes.turn(self), prefixes.holding(self, self.prefix_tuning.prefix(names, hidden_states)):
             return prefixes.encoder_attention(self, hidden_states, attention_mask)
-        finally:
-            del self.fastadapt_prefix
 
 
 _OURS = {

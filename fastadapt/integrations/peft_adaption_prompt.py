@@ -34,10 +34,12 @@ class AdaptedAttention(PeftAdaptedAttention):
         return not (recorded or kwargs.get("output_attentions")) and isinstance(kwargs.get("attention_mask"), Tensor | None)
 
     def forward(self, **kwargs):
-        if not self._served(kwargs):
-            return super().forward(**kwargs)
-        with prefixes.holding(self.model, self._prefix(), self.model.config):
-            output, *others = self.model(**kwargs)
+        forward = super().forward
+        with prefixes.turn(self.model):
+            if not self._served(kwargs):
+                return forward(**kwargs)
+            with prefixes.holding(self.model, self._prefix()):
+                output, *others = self.model(**kwargs)
         bias = getattr(self.model.o_proj, "bias", None)
         return output if bias is None else output + bias, *others  # which the library adds a second time
 

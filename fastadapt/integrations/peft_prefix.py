@@ -106,10 +106,11 @@ class _Prefixed:
     def forward(self, *args, **kwargs):
         forward = super().forward
         given = _by_name(forward, args, kwargs)
-        if not _served(self, given, False):
-            return forward(*args, **kwargs)
-        with self._fastadapt_running(False):
-            return forward(**given)
+        with prefixes.turn(backbone(self)):
+            if not _served(self, given, False):
+                return forward(*args, **kwargs)
+            with self._fastadapt_running(False):
+                return forward(**given)
 
     def get_prompt(self, *args, **kwargs):
         return super().get_prompt(*args, **kwargs) if self._fastadapt_call() is None else None
@@ -139,10 +140,11 @@ class PeftModelForCausalLM(_Prefixed, peft.PeftModelForCausalLM):
 
     def generate(self, *args, **kwargs):
         generate = super().generate
-        if not _served(self, kwargs, True):
-            return generate(*args, **kwargs)
-        with torch.no_grad(), self._fastadapt_running(True):
-            return generate(*args, **kwargs)
+        with prefixes.turn(backbone(self)):
+            if not _served(self, kwargs, True):
+                return generate(*args, **kwargs)
+            with torch.no_grad(), self._fastadapt_running(True):
+                return generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         if self._fastadapt_call() is None:

@@ -4,9 +4,10 @@ import functools
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from types import MethodType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -131,13 +132,21 @@ def restore(model: nn.Module) -> None:
             swap(module, type(module).__bases__[1])
 
 
-_calls, _lock = {}, threading.Lock()
+_calls, _locks, _lock = {}, WeakKeyDictionary(), threading.Lock()
+
+
+def turn(module: nn.Module):
+    """A lock for calls that leave something in ``module`` for their time; not in the module itself, which may be copied."""
+    if torch.compiler.is_compiling():  # Dynamo knows no locks
+        return nullcontext()
+    with _lock:
+        return _locks.setdefault(module, threading.RLock())
 
 
 @contextmanager
 def implementation(config) -> Iterator[None]:
-    """Our attention in place of that of ``config``, until the last of several threads has left."""
-    if torch.compiler.is_compiling():  # Dynamo knows no locks
+    """Our attention and masks in place of those of ``config``, until the last of several threads has left."""
+    if torch.compiler.is_compiling():
         before, config._attn_implementation = config._attn_implementation, NAME
         try:
             yield
@@ -157,28 +166,39 @@ def implementation(config) -> Iterator[None]:
                 config._attn_implementation = _calls.pop(id(config))[1]
 
 
+class _OurAttention:
+    """A config for one layer, with our attention: in that of the model other threads would find it when they make masks."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config):
+        self.config = config
+
+    def __getattr__(self, name: str):
+        return getattr(self.config, name)
+
+
 @contextmanager
-def holding(layer: nn.Module, prefix: Prefix, config) -> Iterator[None]:
-    """``layer`` with ``prefix``, whichever it had before."""
+def holding(layer: nn.Module, prefix: Prefix | None) -> Iterator[None]:
+    """``layer`` with ``prefix`` and our attention, whatever it had before."""
     state = layer.__dict__
-    before = state.get("fastadapt_prefix")
-    with implementation(config):
-        state["fastadapt_prefix"] = prefix
-        try:
-            yield
-        finally:
-            if before is None:
-                del state["fastadapt_prefix"]
-            else:
-                state["fastadapt_prefix"] = before
+    given = {"fastadapt_prefix": prefix, "config": _OurAttention(state.get("config"))}
+    before = {name: state[name] for name in given if name in state}
+    state.update(given)
+    try:
+        yield
+    finally:
+        for name in given:
+            del state[name]
+        state.update(before)
 
 
-def _carrying(checkpoint, layer: nn.Module, config):
+def _carrying(checkpoint, backbone: nn.Module, layer: nn.Module):
     """``checkpoint`` that hands the prefix to both runs: as arguments, the only tensors a reentrant one differentiates."""
     prefix = layer.fastadapt_prefix
 
     def run_again(function, key, value, *args):
-        with holding(layer, prefix._replace(key=key, value=value), config):
+        with turn(backbone), holding(layer, prefix._replace(key=key, value=value)):
             return function(*args)
 
     return lambda function, *args: checkpoint(functools.partial(run_again, function), prefix.key, prefix.value, *args)
@@ -197,7 +217,7 @@ def attached(backbone: nn.Module, prefixes: Sequence[Prefix]) -> Iterator[None]:
                 layer.fastadapt_prefix = prefix._replace(key=prefix.key.to(device), value=prefix.value.to(device))
             for block, function in zip(blocks, functions):
                 (layer,) = (m for m in block.modules() if "fastadapt_prefix" in m.__dict__)
-                block._gradient_checkpointing_func = _carrying(function, layer, backbone.config)
+                block._gradient_checkpointing_func = _carrying(function, backbone, layer)
             yield
         finally:
             for layer in layers:
