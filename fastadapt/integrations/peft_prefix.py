@@ -5,7 +5,6 @@ concatenate it. Here the encoder runs once a step and each attention layer takes
 batch. The library's own ``forward`` still wires the head and the loss; its prompt is None and its mask that of the tokens.
 """
 
-import inspect
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import nn
 from ..nn.prefix import Prefix
 from . import Row, prefixes
 from .peft_lora import NARROW
+from .transformers import by_name
 
 _ENCODED_ONCE = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
 
@@ -50,16 +50,12 @@ def _shared(model: peft.PeftModel) -> list[Prefix]:
     return [Prefix(*keys_and_values[i : i + 2], **options) for i in range(0, len(keys_and_values), 2)]
 
 
-def _by_name(function, args: tuple, kwargs: dict) -> dict:
-    return dict(zip(inspect.signature(function).parameters, args)) | kwargs if args else dict(kwargs)
-
-
 def _of_tokens(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """A hook before the forward of the backbone: positions that follow the prefix, and a mask of the tokens alone."""
     call = module.__dict__.get("_fastadapt_call")
     if call is None:
         return None
-    given = _by_name(module.forward, args, kwargs)
+    given = by_name(module.forward, args, kwargs)
     cache, mask, positions = (given.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
     past = 0 if cache is None else cache.get_seq_length()
     given["position_ids"] = prefixes.own_positions(module, given, past, call.p) if positions is None else positions + call.p
@@ -105,7 +101,7 @@ class _Prefixed:
 
     def forward(self, *args, **kwargs):
         forward = super().forward
-        given = _by_name(forward, args, kwargs)
+        given = by_name(forward, args, kwargs)
         with prefixes.turn(backbone(self)):
             if not _served(self, given, False):
                 return forward(*args, **kwargs)

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from ..nn.prompt import PromptEmbedding, PromptEncoder, prompt_inputs
+from .transformers import by_name
 
 
 def _prompted(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A hook: the arguments of a call with the prompt in front, and with a cache that it is in already only behind it."""
-    names = list(inspect.signature(model.forward).parameters)
-    kwargs = dict(zip(names, args)) | kwargs
+    kwargs = by_name(model.forward, args, kwargs)
     prompt, past = model.prompt, kwargs.get("past_key_values")
     kwargs.pop("cache_position", None)  # counted by the model itself, from the length of the cache
     if past is not None and past.get_seq_length():

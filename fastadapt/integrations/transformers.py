@@ -17,6 +17,8 @@ from ..ops.prefix_attention import prefix_attention
 NAME = "fastadapt"
 # What a layer can ask of its attention beyond softmax.
 _REFUSED = ("head_mask", "output_attentions", "position_bias", "s_aux", "sinks", "softcap")
+# Models that count only tokens that are seen, wherever the padding is.
+_COUNT_THE_SEEN = frozenset({"biogpt", "idefics", "opt"})
 _BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)  # since transformers 5
 
 
@@ -129,19 +131,26 @@ class _Hook:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         for layer, prefix in zip(self.layers, model.prefix_encoder()):
             layer.fastadapt_prefix = _Computed(*prefix._replace(backend=self.backend))
-        return (args, shifted_positions(self.shift, args, kwargs)) if self.shift else None
+        return ((), shifted_positions(model, self.shift, by_name(model.forward, args, kwargs))) if self.shift else None
 
 
-def shifted_positions(p: int, args: tuple, kwargs: dict) -> dict:
-    """The keyword arguments of a model's call with positions that are ``p`` further on, whether they are given or not."""
-    positions = kwargs.get("position_ids")
+def by_name(function, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call of ``function`` by their names."""
+    return dict(zip(inspect.signature(function).parameters, args)) | kwargs if args else dict(kwargs)
+
+
+def shifted_positions(model: nn.Module, p: int, given: dict) -> dict:
+    """The arguments of a call of ``model`` with positions that are ``p`` further on, whether they are given or not."""
+    positions = given.get("position_ids")
     if positions is None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-        past = kwargs.get("past_key_values")
-        start = 0 if past is None else past.get_seq_length()
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-    return {**kwargs, "position_ids": positions + p}
+        tokens, past = given.get("input_ids"), given.get("past_key_values")
+        tokens = given["inputs_embeds"] if tokens is None else tokens
+        start, seen = 0 if past is None else past.get_seq_length(), given.get("attention_mask")
+        if seen is not None and model.config.get_text_config().model_type in _COUNT_THE_SEEN:
+            positions = (seen.long().cumsum(1) - 1).clamp(min=0)[:, start:]
+        else:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+    return given | {"position_ids": positions + p}
 
 
 def add_prefix(
@@ -163,8 +172,8 @@ def add_prefix(
         p: length of the prefixes.
         layers: the attention layers that get one, see :func:`attention_layers`; None for all. LLaMA-Adapter takes the topmost.
         shift_positions: True: all tokens are ``p`` positions further on, as if the prefix were tokens before them (so in
-            ``peft``); ``position_ids`` of a call come without the shift, and are 0 to ``t - 1`` where it has none. The model
-            needs positions for ``p + t``. False: the prefix has no positions (LLaMA-Adapter). None: True for models that
+            ``peft``); ``position_ids`` of a call come without the shift, and are what the model counts where it has none. The
+            model needs positions for ``p + t``. False: the prefix has no positions (LLaMA-Adapter). None: True for models that
             take ``position_ids`` and count them from 0, unless there is a gate.
         backend: as in :func:`fastadapt.prefix_attention`.
         options: ``hidden``, ``width``, ``dropout``, ``gate``, ``init_std``, ``device`` and ``dtype`` of :class:`PrefixEncoder`.
@@ -186,7 +195,9 @@ def add_prefix(
         raise ValueError("model must have no prefix yet; remove_prefix() takes one away")
     shiftable = "position_ids" in inspect.signature(model.forward).parameters
     # RoBERTa and its like count from padding_idx + 1, and only tokens that aren't padding.
-    shiftable &= not any(hasattr(module, "create_position_ids_from_inputs_embeds") for module in model.modules())
+    # Models of images and text have three positions a token, which they count themselves.
+    own = ("create_position_ids_from_inputs_embeds", "get_rope_index")
+    shiftable &= not any(hasattr(module, name) for module in model.modules() for name in own)
     if shift_positions is None:
         shift_positions = shiftable and options.get("gate") is None
     if shift_positions and not shiftable:
