@@ -85,6 +85,15 @@ def test_equals_the_library_in_16_bits(calls, make):
     assert calls
 
 
+@pytest.mark.parametrize("make", [bert, llama], ids=["bert", "llama"])
+def test_a_16_bit_prefix_in_a_float32_model(calls, make):
+    library, fast = pair(make, CASES["mlp"])
+    for model in (library, fast):
+        model.adapter_to("prefix0", dtype=torch.bfloat16)
+    assert_equal_outcomes(fast, library, lambda: batches(library, 2))
+    assert calls
+
+
 def test_padding_at_the_left():
     library, fast = pair(bert, CASES["mlp"], attention="sdpa")
     assert_equal_outcomes(fast, library, lambda: [batch(library, "left") for _ in range(2)])

@@ -9,6 +9,7 @@ import fastadapt
 from fastadapt.integrations import peft_adaption_prompt
 
 from . import prefix_models
+from .accuracy import assert_within_reference_error
 from .battery import DEVICE
 from .prefix_models import P, T, assert_equal_outcomes, batch, gpt2, hf, llama, outcome, state
 
@@ -65,6 +66,20 @@ def test_equals_the_library_in_16_bits(calls, layers):
     library, fast = pair(layers=layers, dtype=torch.bfloat16)
     count = assert_equal_outcomes(fast, library, lambda: [batch(library, side) for side in (None, "left", "right") * 2])
     assert len(calls) == layers * count
+
+
+@pytest.mark.parametrize("dtype, cast", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+@torch.no_grad()
+def test_autocast_in_another_dtype(calls, dtype, cast):
+    library, fast = pair(dtype=dtype)
+    inputs, oracle = batch(library, "left"), copy.deepcopy(library).double()
+    exact, results = oracle(**inputs).logits, []
+    with torch.autocast(DEVICE, dtype=cast):
+        for model in (fast, library):
+            results.append(model(**inputs).logits)
+    seen = inputs["attention_mask"].bool()
+    assert_within_reference_error(*(logits[seen] for logits in (*results, exact)), "logits")
+    assert len(calls) == 2
 
 
 def test_gate_at_its_start(calls):
