@@ -123,6 +123,33 @@ def dropped(expected, x, p, training=True, inplace=False):
     return x * (torch.arange(x.numel(), device=x.device).view(x.shape) % 5 > 1) / (1 - p)
 
 
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "dtype, own, cast, served",
+    [
+        (BRAIN, BRAIN, HALF, False), (HALF, HALF, BRAIN, False), (BRAIN, torch.float32, HALF, False),
+        (torch.float32, HALF, HALF, True), (HALF, HALF, HALF, True), (HALF, torch.float32, HALF, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, DORA], ids=["lora", "dora"])
+def test_autocast_of_16_bits(calls, options, dtype, own, cast, served):
+    """Autocast casts all of a product; what is neither in its dtype nor in float32 the library computes."""
+    library = build("linear", options, dtype=dtype)
+    for p in library.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(own)
+    fast, double, (x, grad_y) = copy.deepcopy(library), copy.deepcopy(library).double(), inputs("linear", dtype)
+    fastadapt.accelerate(fast)
+    oracle = pooled(partial(outcome, double), x.double(), grad_y.double())
+    autocast = torch.autocast(DEVICE, cast)  # as a decorator, since it can't stack tensors in another dtype
+    expected, actual = (pooled(autocast(partial(outcome, model)), x, grad_y) for model in (library, fast))
+    for name, value in expected.items():
+        assert_within_reference_error(actual[name], value, oracle[name], name)
+    assert bool(calls) == served
+
+
 @pytest.mark.parametrize("dtype, autocast", [("float32", False), ("bfloat16", False), ("float32", True)])
 @over_cases
 def test_equals_the_library(calls, monkeypatch, base, options, dtype, autocast):

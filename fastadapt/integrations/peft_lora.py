@@ -73,11 +73,17 @@ def operands(layer, name: str) -> tuple | str:
 
 def fits(x: Tensor, weight: Tensor, a: Tensor, scale) -> bool:
     """Whether dtypes and devices are those of the kernels; the library casts ``x`` to the adapter's dtype."""
-    if a.dtype is not x.dtype and not (a.dtype is torch.float32 and x.dtype in NARROW):
-        return False
     if weight.device != x.device or isinstance(scale, Tensor) and (scale.device != x.device or x.dtype is torch.float64):
         return False
-    return weight.dtype is x.dtype or is_packed(weight) or autocasts(x)
+    if autocasts(x):
+        known = torch.float32, torch.get_autocast_dtype(x.device.type)
+        return x.dtype in known and a.dtype in known and (weight.dtype in known or is_packed(weight))
+    return served(x.dtype, a.dtype) and (weight.dtype is x.dtype or is_packed(weight))
+
+
+def served(dtype: torch.dtype, own: torch.dtype) -> bool:
+    """Whether the kernels take adapters of the dtype ``own`` in a layer of ``dtype``."""
+    return own is dtype or (own is torch.float32 and dtype in NARROW)
 
 
 def several(parts: list[tuple]) -> tuple[tuple, Tensor | None]:
