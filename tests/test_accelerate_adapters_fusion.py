@@ -1,13 +1,16 @@
 """AdapterFusion of the library ``adapters``, accelerated in place, against the same as it was."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 import fastadapt
 
+from .accuracy import assert_within_reference_error
 from .battery import DEVICE
+from .modules import pooled, spied
 
 adapters = pytest.importorskip("adapters", reason="the library adapters is not installed (pip install fastadapt[peers])")
 
@@ -73,6 +76,22 @@ def test_same_output_and_gradients(config, t, p):
             layer.eval()(query, v, v, residual, output_attentions=True) for layer in (fast, library) for v in [branches.clone()]
         )
     torch.testing.assert_close(torch.from_numpy(weights), torch.from_numpy(expected))
+
+
+@over_configs
+def test_autocast(monkeypatch, config):
+    """Adapters then give 16 bits, and what chooses among them has 32."""
+    calls = spied(monkeypatch, ours, "adapter_fusion")
+    double, fast, _ = pair(config)
+    library, fast = copy.deepcopy(double).float(), fast.float()
+    query, residual, grad_y, *stacked = torch.randn(6, 16, 2, 3, D, device=DEVICE)
+    drawn = [0.25 * query, torch.stack(stacked, 1).bfloat16(), residual, grad_y.bfloat16()]
+    oracle = pooled(partial(outcome, double, 0), *(t.double() for t in drawn))
+    autocast = torch.autocast(DEVICE, torch.bfloat16)
+    expected, actual = (pooled(autocast(partial(outcome, layer, 0)), *drawn) for layer in (library, fast))
+    for name, value in expected.items():
+        assert_within_reference_error(actual[name], value, oracle[name], name)
+    assert len(calls) == 16
 
 
 def test_two_tensors_are_left_to_the_library():

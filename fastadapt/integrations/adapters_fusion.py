@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..nn.fusion import folded_query, projected
 from ..ops.adapter_fusion import adapter_fusion
+from ..ops.lora_linear import autocasts
 from . import Row
 
 
@@ -15,9 +16,12 @@ class BertFusion(modeling.BertFusion):
     _fastadapt_backend = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, residual: Tensor, output_attentions: bool = False):
-        drops = self.dropout.p and self.dropout.training
-        if key is not value or key.dtype != query.dtype or _hooked(self) or (drops and self.config["residual_before"]):
+        drops, autocast = self.dropout.p and self.dropout.training, autocasts(query)
+        same = torch.float64 not in (query.dtype, key.dtype) if autocast else query.dtype is key.dtype
+        if key is not value or not same or _hooked(self) or (drops and self.config["residual_before"]):
             return super().forward(query, key, value, residual, output_attentions)
+        dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
+        query, value = query.to(dtype), value.to(dtype)
         scale = 1 / self.T
         self.T = max(self.T - self.reduction, 1.0)
         projections = [self._modules.get(name) for name in ("query", "key", "value")]
@@ -29,7 +33,7 @@ class BertFusion(modeling.BertFusion):
             z, weights = adapter_fusion(folded, branches, branches, scale=scale, return_weights=True, backend=backend)
         if self.config["residual_before"]:  # to add it to all values adds it to their mean, and as much to every score
             z, residual = z + residual, None
-        y = projected(z, projections[2], residual)
+        y = projected(z, projections[2], residual).to(dtype)  # in which the library adds a wider residual too
         return (y, weights.detach().cpu().numpy()) if output_attentions else y
 
 
