@@ -71,6 +71,17 @@ def test_equals_the_library(calls, config, dtype, autocast):
     assert len(calls) % len(layers(library)) == 0 and calls[0]["scale"] == config.alpha / config.r
 
 
+def test_float32_in_a_16_bit_model(calls):
+    """As a LoRA that is added to a model in 16 bits, whose dtype the library's own products match under autocast alone."""
+    library = moved(build(CONFIGS["everywhere"]))
+    for name, p in library.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.bfloat16()
+    fast, _ = accelerated(library)
+    assert_equal_outcomes(fast, library, of_models, partial(sequences, 4), autocast=True)
+    assert calls
+
+
 def decoder(model, config=CONFIGS["everywhere"]):
     adapters.init(model)
     model.add_adapter("a", config=config)

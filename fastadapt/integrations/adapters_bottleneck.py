@@ -15,8 +15,7 @@ from ..ops.compacter import compacter, kron_sum, product
 from ..ops.lora_linear import autocasts, without_autocast
 from . import hooked
 from .adapters_modules import ACTIVATIONS
-
-_NARROW = (torch.float16, torch.bfloat16)
+from .dtypes import served
 
 
 def refused(layer) -> str | None:
@@ -101,7 +100,7 @@ def adapted(layer, x: Tensor, residual: Tensor | None, one_pass: bool) -> tuple[
     *norm, down, activation = layer._modules["adapter_down"]._modules.values()
     op, weights, (down_bias, up_bias), own_dtype = _projections(down, layer._modules["adapter_up"])
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    if own_dtype is not dtype and not (own_dtype is torch.float32 and dtype in _NARROW):
+    if not served(dtype, own_dtype):
         return None
     options, hidden = {}, x
     if norm and op is compacter:

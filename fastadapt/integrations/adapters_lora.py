@@ -6,8 +6,9 @@ from adapters.methods import lora
 from torch import Tensor, nn
 
 from ..ops.dropout import LARGEST
-from ..ops.lora_linear import autocasts, lora_linear
+from ..ops.lora_linear import lora_linear
 from . import Row, hooked
+from .dtypes import match
 
 
 class _Fused:
@@ -72,7 +73,7 @@ def _adapted(layer: nn.Module, x: Tensor) -> Tensor | None:
     part = _active(layer)
     if part is None or _refused(part) is not None or part.lora_A.dtype is not part.lora_B.dtype:
         return None
-    if layer.weight.dtype is not part.lora_A.dtype or not (x.dtype is layer.weight.dtype or autocasts(x)):
+    if not match(x, layer.weight, part.lora_A.dtype):
         return None
     weight, dropout = layer.weight.T if layer.fan_in_fan_out else layer.weight, part._modules.get("lora_dropout")
     return lora_linear(

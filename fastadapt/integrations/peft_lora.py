@@ -16,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from .._dense import is_packed
 from ..nn.lora import is_falcons
 from ..ops.dropout import LARGEST
-from ..ops.lora_linear import autocasts, lora_linear, row_norms, without_autocast
+from ..ops.lora_linear import lora_linear, row_norms, without_autocast
+from .dtypes import match
 
 # Layers whose product is x @ weight.T, or x @ weight where that is True.
 TRANSPOSED = {nn.Linear: False, NonDynamicallyQuantizableLinear: False, Conv1D: True}
-NARROW = (torch.float16, torch.bfloat16)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -75,15 +75,7 @@ def fits(x: Tensor, weight: Tensor, a: Tensor, scale) -> bool:
     """Whether dtypes and devices are those of the kernels; the library casts ``x`` to the adapter's dtype."""
     if weight.device != x.device or isinstance(scale, Tensor) and (scale.device != x.device or x.dtype is torch.float64):
         return False
-    if autocasts(x):
-        known = torch.float32, torch.get_autocast_dtype(x.device.type)
-        return x.dtype in known and a.dtype in known and (weight.dtype in known or is_packed(weight))
-    return served(x.dtype, a.dtype) and (weight.dtype is x.dtype or is_packed(weight))
-
-
-def served(dtype: torch.dtype, own: torch.dtype) -> bool:
-    """Whether the kernels take adapters of the dtype ``own`` in a layer of ``dtype``."""
-    return own is dtype or (own is torch.float32 and dtype in NARROW)
+    return match(x, weight, a.dtype)
 
 
 def several(parts: list[tuple]) -> tuple[tuple, Tensor | None]:

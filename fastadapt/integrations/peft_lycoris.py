@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..ops.kron_linear import kron_linear
 from ..ops.lora_linear import autocasts, lora_linear, without_autocast
-from .peft_lora import NARROW, fits, frozen_layer, several
+from .dtypes import NARROW
+from .peft_lora import fits, frozen_layer, several
 
 
 def drawing(layer, name: str) -> str | None:

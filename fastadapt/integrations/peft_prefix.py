@@ -16,7 +16,7 @@ from torch import nn
 
 from ..nn.prefix import Prefix
 from . import Row, prefixes
-from .peft_lora import NARROW
+from .dtypes import NARROW
 from .transformers import by_name
 
 _ENCODED_ONCE = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING, PeftType.CPT)
