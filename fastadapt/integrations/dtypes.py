@@ -20,3 +20,18 @@ def match(x: Tensor, weight: Tensor, own: torch.dtype) -> bool:
         known = torch.float32, torch.get_autocast_dtype(x.device.type)
         return x.dtype in known and own in known and (weight.dtype in known or is_packed(weight))
     return served(x.dtype, own) and (weight.dtype is x.dtype or is_packed(weight))
+
+
+def mismatch(weight, own: torch.dtype) -> tuple[str | None, str | None]:
+    """Why a layer of ``weight`` with an adapter of the dtype ``own`` never runs on kernels, and why it does only at times."""
+    if not isinstance(weight, Tensor) or is_packed(weight) or not weight.is_floating_point() or served(weight.dtype, own):
+        return None, None
+    words = f"{own} in a layer of {weight.dtype}"
+    return (None, f"{words}, outside autocast") if weight.dtype is torch.float32 and own in NARROW else (words, None)
+
+
+def summary(reasons: dict[str, tuple[str | None, str | None]]) -> tuple[str, str]:
+    """State and reason of a layer, as in a :class:`Row`, from those two of each of its adapters."""
+    words = "; ".join(f"adapter {name!r}: {never or partly}" for name, (never, partly) in reasons.items() if never or partly)
+    left = reasons and all(never for never, _ in reasons.values())
+    return ("left" if left else "in part" if words else "accelerated"), words

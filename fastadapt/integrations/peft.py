@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.lora_linear import autocasts
 from . import Row, peft_adaption_prompt, peft_lycoris, peft_prefix
+from .dtypes import mismatch, summary
 from .peft_lora import TRANSPOSED, MixedBatch, active, embedded, frozen_layer, mixed, operands
 
 LAYERS = "LoRA layers of peft on linear layers or embeddings, LoKr and LoHa layers on linear layers, prefixes, LLaMA-Adapter"
@@ -134,10 +135,10 @@ def _examined(layer) -> tuple[str, str]:
         return peft_lycoris.examined(layer)
     if type(frozen := frozen_layer(layer)) is str:
         return "left", frozen
-    reasons = {name: operands(layer, name) for name in layer.lora_A}
-    refused = {name: reason for name, reason in reasons.items() if type(reason) is str}
-    words = "; ".join(f"adapter {name!r}: {reason}" for name, reason in refused.items())
-    return ("left" if refused and len(refused) == len(reasons) else "in part" if refused else "accelerated"), words
+    parts = {name: operands(layer, name) for name in layer.lora_A}
+    return summary({
+        name: (part, None) if type(part) is str else mismatch(frozen[0], part[0].dtype) for name, part in parts.items()
+    })  # fmt: skip
 
 
 def _behind_hook(layer) -> bool:

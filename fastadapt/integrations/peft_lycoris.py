@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.kron_linear import kron_linear
 from ..ops.lora_linear import autocasts, lora_linear, without_autocast
-from .dtypes import NARROW
+from .dtypes import NARROW, mismatch, summary
 from .peft_lora import fits, frozen_layer, several
 
 
@@ -102,11 +102,12 @@ def loha(layer, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
 
 def examined(layer) -> tuple[str, str]:
     """State and reason of a layer, as in a :class:`fastadapt.integrations.Row`."""
-    names, never = sorted(layer._available_adapters), {}
-    if not isinstance(layer, LoKr):
-        if type(frozen := frozen_layer(layer)) is str:
-            return "left", frozen
-        never = {name: reason for name in names if (reason := _refusal(layer, name))}
-    reasons = {name: reason for name in names if (reason := never.get(name) or drawing(layer, name))}
-    words = "; ".join(f"adapter {name!r}: {reason}" for name, reason in reasons.items())
-    return ("left" if never and len(never) == len(names) else "in part" if reasons else "accelerated"), words
+    lokr = isinstance(layer, LoKr)
+    if not lokr and type(frozen := frozen_layer(layer)) is str:
+        return "left", frozen
+    weight, reasons = getattr(layer.get_base_layer(), "weight", None), {}
+    for name in sorted(layer._available_adapters):
+        own = layer.hada_w1_a[name] if not lokr else _factors(layer, "w2", name)
+        never, partly = mismatch(weight, own.dtype if isinstance(own, Tensor) else own[0].dtype)
+        reasons[name] = never or (None if lokr else _refusal(layer, name)), partly or drawing(layer, name)
+    return summary(reasons)
