@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..nn.prefix import Prefix
-from .transformers import NAME, asks_by_name, attention
+from .transformers import NAME, asks_by_name, attention, scales_by_itself
 
 # Decoders whose layers ask for their attention by name, and that count their own positions from the length of the cache.
 _DECODERS = frozenset({
@@ -98,7 +98,7 @@ def refusal(backbone: nn.Module, count: int | None = None) -> str | None:
         return f"its {kind} has attention code of its own"
     if any(getattr(layer, "position_embedding_type", "absolute") != "absolute" for layer in layers):
         return "its attention has positions in its scores"
-    if kind == "gpt2" and not (config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx):
+    if scales_by_itself(config):
         return "its attention has scales that PyTorch's doesn't know"
     if any(replaced(layer) for layer in layers):
         return "the forward of its attention has been replaced"

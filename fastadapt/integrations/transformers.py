@@ -126,6 +126,12 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module) in found]
 
 
+def scales_by_itself(config) -> bool:
+    """Whether layers scale their scores in ways that only their own code knows, as GPT-2's can."""
+    own = "scale_attn_by_inverse_layer_idx"
+    return hasattr(config, own) and bool(getattr(config, own) or not config.scale_attn_weights)
+
+
 class _Hook:
     """Runs the encoder of a model before each of its calls. A copy of the model has a copy of this, for its own layers."""
 
@@ -186,7 +192,8 @@ def add_prefix(
         The encoder.
 
     Raises:
-        ValueError: no layer of the model looks up its attention function, or the model has a prefix already.
+        ValueError: no layer of the model looks up its attention function, or its own code scales the scores in a way of its
+            own, or the model has a prefix already.
     """
     found = attention_layers(model)
     layers = found if layers is None else list(layers)
@@ -195,6 +202,9 @@ def add_prefix(
             "layers must be attention layers of the model that look up their function in transformers.AttentionInterface; "
             f"{type(model).__name__} has {len(found)} of them"
         )
+    config = model.config.get_text_config()
+    if scales_by_itself(config):
+        raise ValueError(f"model must have no scales in its attention that PyTorch's doesn't know, got {type(model).__name__}")
     if getattr(model, "prefix_encoder", None) is not None:
         raise ValueError("model must have no prefix yet; remove_prefix() takes one away")
     shiftable = "position_ids" in inspect.signature(model.forward).parameters
@@ -206,7 +216,6 @@ def add_prefix(
         shift_positions = shiftable and options.get("gate") is None
     if shift_positions and not shiftable:
         raise ValueError(f"shift_positions must be False for {type(model).__name__}, which doesn't take positions from 0 on")
-    config = model.config.get_text_config()
     h = config.num_attention_heads
     h_kv = getattr(config, "num_key_value_heads", None) or h
     e = getattr(config, "head_dim", None) or config.hidden_size // h
