@@ -8,7 +8,7 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, __version__, masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..nn.prefix import Prefix, PrefixEncoder
@@ -196,11 +196,16 @@ def add_prefix(
             own, or the model has a prefix already.
     """
     found = attention_layers(model)
+    if not found:
+        raise ValueError(
+            "model must have attention layers that look up their function in transformers.AttentionInterface; those of "
+            f"{type(model).__name__} don't in transformers {__version__} (BERT's and RoBERTa's do since 5.0)"
+        )
     layers = found if layers is None else list(layers)
     if not layers or any(all(layer is not one for one in found) for layer in layers):
         raise ValueError(
-            "layers must be attention layers of the model that look up their function in transformers.AttentionInterface; "
-            f"{type(model).__name__} has {len(found)} of them"
+            "layers must be attention layers of the model that look up their function in transformers.AttentionInterface, "
+            f"at least one of the {len(found)} of {type(model).__name__}"
         )
     config = model.config.get_text_config()
     if scales_by_itself(config):
