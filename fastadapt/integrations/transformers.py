@@ -126,6 +126,17 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module) in found]
 
 
+def _heads(layer: nn.Module, config) -> tuple[int, int, int]:
+    """How many heads an attention layer has for queries and for keys, and their size: what it says itself, else its config."""
+    config = getattr(layer, "config", config).get_text_config()
+
+    def first(*names):
+        return next((found for owner in (layer, config) for name in names if (found := getattr(owner, name, None))), None)
+
+    h = first("num_heads", "num_attention_heads")
+    return h, first("num_key_value_heads") or h, first("head_dim", "attention_head_size") or config.hidden_size // h
+
+
 def scales_by_itself(config) -> bool:
     """Whether layers scale their scores in ways that only their own code knows, as GPT-2's can."""
     own = "scale_attn_by_inverse_layer_idx"
@@ -135,7 +146,7 @@ def scales_by_itself(config) -> bool:
 class _Hook:
     """Runs the encoder of a model before each of its calls. A copy of the model has a copy of this, for its own layers."""
 
-    def __init__(self, layers: list[nn.Module], shift: int, backend: str | None, before: str):
+    def __init__(self, layers: list[nn.Module], shift: int, backend: str | None, before: dict[str, str]):
         self.layers, self.shift, self.backend, self.before = layers, shift, backend, before
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -181,10 +192,11 @@ def add_prefix(
         model: a model whose attention layers take their function from ``transformers.AttentionInterface``.
         p: length of the prefixes.
         layers: the attention layers that get one, see :func:`attention_layers`; None for all. LLaMA-Adapter takes the topmost.
+            Their heads have one number and size, unlike those of a model of images and text.
         shift_positions: True: all tokens are ``p`` positions further on, as if the prefix were tokens before them (so in
             ``peft``); ``position_ids`` of a call come without the shift, and are what the model counts where it has none. The
             model needs positions for ``p + t``. False: the prefix has no positions (LLaMA-Adapter). None: True for models that
-            take ``position_ids`` and count them from 0, unless there is a gate.
+            take ``position_ids`` and count them from 0, unless there is a gate or ``layers`` are those of images.
         backend: as in :func:`fastadapt.prefix_attention`.
         options: ``hidden``, ``width``, ``dropout``, ``gate``, ``init_std``, ``device`` and ``dtype`` of :class:`PrefixEncoder`.
 
@@ -193,7 +205,7 @@ def add_prefix(
 
     Raises:
         ValueError: no layer of the model looks up its attention function, or its own code scales the scores in a way of its
-            own, or the model has a prefix already.
+            own, or the heads of ``layers`` differ, or the model has a prefix already.
     """
     found = attention_layers(model)
     if not found:
@@ -207,27 +219,30 @@ def add_prefix(
             "layers must be attention layers of the model that look up their function in transformers.AttentionInterface, "
             f"at least one of the {len(found)} of {type(model).__name__}"
         )
-    config = model.config.get_text_config()
-    if scales_by_itself(config):
+    if scales_by_itself(model.config.get_text_config()):
         raise ValueError(f"model must have no scales in its attention that PyTorch's doesn't know, got {type(model).__name__}")
     if getattr(model, "prefix_encoder", None) is not None:
         raise ValueError("model must have no prefix yet; remove_prefix() takes one away")
+    (h, h_kv, e), *others = sizes = sorted({_heads(layer, model.config) for layer in layers})
+    if others:
+        raise ValueError(f"layers must have heads of one number and size, got {len(sizes)} kinds (h, h_kv, e): {sizes}")
     shiftable = "position_ids" in inspect.signature(model.forward).parameters
     # RoBERTa and its like count from padding_idx + 1, and only tokens that aren't padding.
     # Models of images and text have three positions a token, which they count themselves.
     own = ("create_position_ids_from_inputs_embeds", "get_rope_index")
     shiftable &= not any(hasattr(module, name) for module in model.modules() for name in own)
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
     if shift_positions is None:
-        shift_positions = shiftable and options.get("gate") is None
+        aside = [part for part in parts.values() if part is not model.config.get_text_config()]
+        of_tokens = any(all(getattr(layer, "config", None) is not part for part in aside) for layer in layers)
+        shift_positions = shiftable and of_tokens and options.get("gate") is None
     if shift_positions and not shiftable:
         raise ValueError(f"shift_positions must be False for {type(model).__name__}, which doesn't take positions from 0 on")
-    h = config.num_attention_heads
-    h_kv = getattr(config, "num_key_value_heads", None) or h
-    e = getattr(config, "head_dim", None) or config.hidden_size // h
     dtype = model.dtype if model.dtype == torch.float64 else torch.float32
     encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **{"device": model.device, "dtype": dtype, **options})
     encoder.attentions = tuple(layers)  # in a tuple they aren't submodules of it
-    hook = _Hook(layers, p if shift_positions else 0, backend, model.config._attn_implementation)
+    before = {name: part._attn_implementation for name, part in ({"": model.config} | parts).items() if part is not None}
+    hook = _Hook(layers, p if shift_positions else 0, backend, before)
     model.set_attn_implementation(NAME)
     model.prefix_encoder = encoder.train(model.training)
     model.register_forward_pre_hook(hook, with_kwargs=True)
