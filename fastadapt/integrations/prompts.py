@@ -9,6 +9,11 @@ from ..nn.prompt import PromptEmbedding, PromptEncoder, prompt_inputs
 from .transformers import by_name
 
 
+def _finds_the_last_token(kind: type[nn.Module]) -> bool:
+    """Whether a head of this class looks in the ids of the tokens for the last that isn't padding, and takes it alone."""
+    return "pooled_logits" in inspect.unwrap(kind.forward).__code__.co_varnames
+
+
 def _prompted(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A hook: the arguments of a call with the prompt in front, and with a cache that it is in already only behind it."""
     kwargs = by_name(model.forward, args, kwargs)
@@ -20,14 +25,21 @@ def _prompted(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
             extended["position_ids"] = kwargs["position_ids"] + prompt.p
         return (), kwargs | extended
     embeds, ids = kwargs.get("inputs_embeds"), kwargs.pop("input_ids", None)
+    pad = model.config.get_text_config().pad_token_id if ids is not None and _finds_the_last_token(type(model)) else None
+    if pad is not None and (ids[:, -1] == pad).any():
+        raise ValueError(f"input_ids must have padding at the left alone, since {type(model).__name__} reads the last position")
     embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
     given = {name: kwargs.get(name) for name in ("attention_mask", "position_ids", "labels")}
-    if given["labels"] is not None and given["labels"].shape != embeds.shape[:2]:
+    labels = given["labels"]
+    if labels is not None and (labels.shape != embeds.shape[:2] or labels.is_floating_point()):
         del given["labels"]  # of sequences, not of tokens
     extended = prompt_inputs(prompt.p, **given)
     types = kwargs.get("token_type_ids")
     if types is not None:
         extended["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], prompt.p), types], 1)
+    for name in ("start_positions", "end_positions"):
+        if kwargs.get(name) is not None:
+            extended[name] = kwargs[name].clamp(min=0) + prompt.p
     return (), kwargs | extended | {"inputs_embeds": prompt(embeds)}
 
 
@@ -36,8 +48,9 @@ def add_prompt(model: nn.Module, p: int = 16, *, prompt: PromptEmbedding | Promp
 
     The prompt becomes the submodule ``prompt`` of ``model``, so that it moves, loads and is saved with it;
     :func:`fastadapt.nn.freeze_except` with ``"prompt"`` trains nothing else. The arguments of a call are those of the model
-    without prompt: masks, positions, token types and labels are extended. Outputs have ``p`` positions more. What reads the
-    first position, such as BERT's pooler, reads the prompt's, as in ``peft``.
+    without prompt: masks, positions, token types and labels are extended, and the positions of answers moved. Outputs have
+    ``p`` positions more. What reads the first position, such as BERT's pooler, reads the prompt's, as in ``peft``; a head that
+    reads the last token, such as GPT-2's for sequences, has to find it at the end: padding at the right raises.
 
     Args:
         model: one that takes ``inputs_embeds``, and isn't an encoder with a decoder.
