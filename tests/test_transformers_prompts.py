@@ -1,5 +1,7 @@
 """Prompts in models of Hugging Face whose heads ask for more than the logits of tokens, and in generation."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,29 @@ def test_heads_that_read_the_last_token(kind, ids):
 def test_heads_that_read_the_first_position(ids):
     model, padded = prompted("Bert", "ForSequenceClassification"), torch.cat([ids, 0 * ids[:, :2]], 1)
     torch.testing.assert_close(model(padded, padded.ne(0).long()).logits, model(ids).logits)
+
+
+WAYS = {
+    "chunks": {"prefill_chunk_size": 3}, "look-up": {"prompt_lookup_num_tokens": 2}, "assistant": {},
+    "static": {"cache_implementation": "static"}, "returned": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind, task", [("Llama", "ForCausalLM"), ("GPT2", "LMHeadModel")], ids=["llama", "gpt2"])
+def test_generation_that_forgets_the_prompt(kind, task, way, ids):
+    """It raises where it would otherwise put out other tokens."""
+    model = prompted(kind, task)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY, **WAYS[way]}
+    ids = torch.cat([ids[:1], ids[:1]], 1)
+    if way == "assistant":
+        options["assistant_model"] = copy.deepcopy(model)
+    if way == "returned":
+        options["past_key_values"] = model.generate(ids, return_dict_in_generate=True, **options).past_key_values
+        ids = torch.cat([ids, ids], 1)
+    name = "attention_mask must be" if way == "static" else "past_key_values must hold the prompt .* generate forgets"
+    with pytest.raises(ValueError, match=name):
+        model.generate(ids, **options)
 
 
 @pytest.mark.parametrize("t", [T, T - 1])

@@ -17,10 +17,17 @@ def _finds_the_last_token(kind: type[nn.Module]) -> bool:
 def _prompted(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """A hook: the arguments of a call with the prompt in front, and with a cache that it is in already only behind it."""
     kwargs = by_name(model.forward, args, kwargs)
-    prompt, past = model.prompt, kwargs.get("past_key_values")
+    prompt, past, mask = model.prompt, kwargs.get("past_key_values"), kwargs.get("attention_mask")
     kwargs.pop("cache_position", None)  # counted by the model itself, from the length of the cache
+    if mask is not None and getattr(mask, "ndim", None) != 2:
+        raise ValueError("attention_mask must be (b, t) with a prompt; generate makes another for a static cache")
     if past is not None and past.get_seq_length():
-        extended = prompt_inputs(prompt.p, attention_mask=kwargs.get("attention_mask"))
+        tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if mask is not None and mask.shape[1] + prompt.p != past.get_seq_length() + tokens.shape[1]:
+            expected = f"the prompt and the tokens before those of the call, {prompt.p} + {mask.shape[1] - tokens.shape[1]}"
+            forgets = "generate forgets a prompt where it drafts tokens, fills the cache in chunks or goes on from one"
+            raise ValueError(f"past_key_values must hold {expected}, got {past.get_seq_length()}; {forgets}")
+        extended = prompt_inputs(prompt.p, attention_mask=mask)
         if kwargs.get("position_ids") is not None:
             extended["position_ids"] = kwargs["position_ids"] + prompt.p
         return (), kwargs | extended
@@ -51,6 +58,9 @@ def add_prompt(model: nn.Module, p: int = 16, *, prompt: PromptEmbedding | Promp
     without prompt: masks, positions, token types and labels are extended, and the positions of answers moved. Outputs have
     ``p`` positions more. What reads the first position, such as BERT's pooler, reads the prompt's, as in ``peft``; a head that
     reads the last token, such as GPT-2's for sequences, has to find it at the end: padding at the right raises.
+
+    ``generate`` counts the positions of a cache without the prompt where it drafts tokens (an assistant, look-up in the input),
+    fills the cache in chunks, has a static one or goes on from one that it returned: that raises.
 
     Args:
         model: one that takes ``inputs_embeds``, and isn't an encoder with a decoder.
