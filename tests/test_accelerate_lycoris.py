@@ -298,6 +298,24 @@ def test_what_is_not_covered_is_left_and_named(kind):
         assert_equal_outcomes(fast, doubled)
 
 
+def test_adapters_over_adapters(calls):
+    """In a model that mixes them, the lowest is the one whose base layer says what it computes."""
+    model = nn.Sequential()
+    model.target = nn.Linear(K, N)
+    library = peft.PeftMixedModel(model, peft.LoraConfig(r=2, target_modules=["target"]), "lora")
+    for kind in ("loha", "lokr"):
+        library.add_adapter(kind, config(kind))
+    library.set_adapter(["lora", "loha", "lokr"])
+    library = randomised(library).to(DEVICE)
+    fast, (x, _) = copy.deepcopy(library), inputs()
+    rows = fastadapt.accelerate(fast).rows
+    assert [row.module.count("base_layer") for row in rows] == [0, 1, 2]
+    over = "left", "its base layer is another adapter's"
+    assert [row[1:] for row in rows] == [("accelerated", ""), over, ("accelerated", "")]
+    torch.testing.assert_close(fast(x), library(x))
+    assert len(calls) == 1
+
+
 @over_cases
 def test_checkpointing(kind, options):
     model = build(kind, *options)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -38,7 +39,8 @@ def frozen_layer(layer) -> tuple[Tensor, Tensor | None] | str:
     base = layer._modules["base_layer"]
     transposed = False if is_falcons(base) else TRANSPOSED.get(type(base))
     if transposed is None:
-        return f"its base layer is a {type(base).__name__}"
+        what = "another adapter's" if isinstance(base, BaseTunerLayer) else f"a {type(base).__name__}"
+        return f"its base layer is {what}"
     weight = base._parameters.get("weight")
     if weight is None or _hooked(base):
         return "its base layer has hooks, or its weight elsewhere"
