@@ -27,6 +27,13 @@ class Row(NamedTuple):
     reason: str = ""
 
 
+def summary(reasons: dict[str, tuple[str | None, str | None]]) -> tuple[str, str]:
+    """State and reason of a layer from two reasons of each of its adapters: why it never runs on kernels, why only at times."""
+    words = "; ".join(f"adapter {name!r}: {never or partly}" for name, (never, partly) in reasons.items() if never or partly)
+    left = reasons and all(never for never, _ in reasons.values())
+    return ("left" if left else "in part" if words else "accelerated"), words
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

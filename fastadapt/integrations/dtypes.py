@@ -28,10 +28,3 @@ def mismatch(weight, own: torch.dtype) -> tuple[str | None, str | None]:
         return None, None
     words = f"{own} in a layer of {weight.dtype}"
     return (None, f"{words}, outside autocast") if weight.dtype is torch.float32 and own in NARROW else (words, None)
-
-
-def summary(reasons: dict[str, tuple[str | None, str | None]]) -> tuple[str, str]:
-    """State and reason of a layer, as in a :class:`Row`, from those two of each of its adapters."""
-    words = "; ".join(f"adapter {name!r}: {never or partly}" for name, (never, partly) in reasons.items() if never or partly)
-    left = reasons and all(never for never, _ in reasons.values())
-    return ("left" if left else "in part" if words else "accelerated"), words

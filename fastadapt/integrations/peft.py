@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..ops.lora_linear import autocasts
-from . import Row, peft_adaption_prompt, peft_lycoris, peft_prefix
-from .dtypes import mismatch, summary
+from . import Row, peft_adaption_prompt, peft_lycoris, peft_prefix, summary
+from .dtypes import mismatch
 from .peft_lora import TRANSPOSED, MixedBatch, active, embedded, frozen_layer, mixed, operands
 
 LAYERS = "LoRA layers of peft on linear layers or embeddings, LoKr and LoHa layers on linear layers, prefixes, LLaMA-Adapter"

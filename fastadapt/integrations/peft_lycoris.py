@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..ops.kron_linear import kron_linear
 from ..ops.lora_linear import autocasts, lora_linear, without_autocast
-from .dtypes import NARROW, mismatch, summary
+from . import summary
+from .dtypes import NARROW, mismatch
 from .peft_lora import fits, frozen_layer, several
 
 
