@@ -15,7 +15,7 @@ from .kron import KronALinear
 from .lora import LoRAEmbedding, LoRALinear
 from .lora_attention import LoRAMultiheadAttention
 from .lora_bank import LoRABank
-from .places import check_free, factory, leave_fast_path, put_after, put_around, put_beside
+from .places import check_free, factory, leave_nested_tensors, put_after, put_around, put_beside
 from .prefix import PrefixAttention
 from .prefix_multihead import PrefixMultiheadAttention
 from .prompt import PromptEmbedding
@@ -103,7 +103,7 @@ def _after(default, make, model: nn.Module, targets: Targets | None, **options) 
     found = _found(model, targets, default)
     check_free(found, around=False)
     adapters = make(_places(found), **options)
-    leave_fast_path(model, found.values())
+    leave_nested_tensors(model, found.values())
     return put_after(found, adapters)
 
 
@@ -114,7 +114,7 @@ def _beside(model: nn.Module, targets: Targets | None, before: Callable[[], list
     enters = {} if targets is not None else {layer.feed_forward.leave: layer.feed_forward.enter for layer in layers(model)}
     adapters = _bottlenecks(BottleneckAdapter.parallel, _places(found), **options)
     names = before()
-    leave_fast_path(model, found.values())
+    leave_nested_tensors(model, found.values())
     return names + put_beside({name: model.get_submodule(enters.get(name, name)) for name in found}, found, adapters)
 
 
@@ -133,7 +133,7 @@ def _hyper(model: nn.Module, targets: Targets | None, *, tasks: int | list[str],
     model.hyper = HyperAdapter(tasks, len(in_layer), d, r, **{"positions": positions, **made, **options})
     numbers = {layer: i for i, layer in enumerate(in_layer)}
     sites = [model.hyper.site(numbers[layer_of[name]], in_layer[layer_of[name]].index(name)) for name in found]
-    leave_fast_path(model, found.values())
+    leave_nested_tensors(model, found.values())
     return ["hyper", *put_after(found, sites)]
 
 
@@ -160,7 +160,7 @@ def _around(default, make, model: nn.Module, targets: Targets | None, **options)
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
         raise
-    leave_fast_path(model, found.values())
+    leave_nested_tensors(model, found.values())
     return put_around(model, found, adapters)
 
 

@@ -13,7 +13,7 @@ from ..ops.compacter import kron_sum, product
 from ..ops.kron_linear import kron_linear
 from ..ops.lora_linear import without_autocast
 from .bottleneck import check_size
-from .lora import Merging, adapter_dtype, linear_sizes
+from .lora import Merging, adapter_dtype, leave_fast_path, linear_sizes
 
 Rule = nn.Parameter | tuple[nn.Parameter, nn.Parameter]
 
@@ -265,6 +265,7 @@ class KronALinear(Merging):
         self.scale = float(scale)
         factory = {"device": base.weight.device, "dtype": adapter_dtype(base.weight, dtype)}
         self.kron = KronLinear(k, n, a_shape=a_shape, terms=terms, rank=rank, bias=False, backend=backend, **factory)
+        leave_fast_path(self.kron)
         self.reset_parameters()
         self.train(base.training)
 

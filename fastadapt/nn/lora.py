@@ -66,6 +66,17 @@ def linear_sizes(base: nn.Module) -> tuple[bool, int, int]:
     return False, base.in_features, base.out_features
 
 
+def _nothing(module: nn.Module, args: tuple) -> None:
+    """A hook for :func:`leave_fast_path`; copies and pickles of a model keep it."""
+
+
+def leave_fast_path(inside: nn.Module) -> None:
+    """Let PyTorch's encoder layers run what ``inside`` belongs to in evaluation too, by a hook on this module, which nothing
+    calls. Without one in it a layer leaves its submodules for a function of the weights that these show."""
+    if _nothing not in inside._forward_pre_hooks.values():
+        inside.register_forward_pre_hook(_nothing)
+
+
 class Beside:
     """What stands in the place of a frozen ``base`` shows its weight and bias: models look at their dtypes and tie them."""
 
@@ -175,6 +186,9 @@ class LoRALinear(_Pair):
     ``state_dict`` has the keys ``base.weight``, ``base.bias``, ``lora_A.weight`` ``(r, k)``, ``lora_B.weight`` ``(n, r)`` and,
     by option, ``lora_B.bias`` ``(n,)`` and ``magnitude`` ``(n,)``. After :meth:`merge` those of ``base`` hold merged values.
 
+    An ``nn.TransformerEncoderLayer`` with one in it doesn't take its fast path of evaluation; where padding is masked, build
+    ``nn.TransformerEncoder`` with ``enable_nested_tensor=False``, as :func:`attach` sees to.
+
     Args:
         base: ``nn.Linear``, the ``Conv1D`` of ``transformers``, or a linear layer with a quantised weight as in
             :func:`fastadapt.lora_linear`. It is frozen and kept, not copied.
@@ -197,6 +211,7 @@ class LoRALinear(_Pair):
         super().__init__(base, conv1d, alpha, r, rslora, backend)
         self.dropout = float(dropout)
         self.lora_A, self.lora_B = pair(k, n, r, base.weight, bias=lora_bias, dtype=dtype)
+        leave_fast_path(self.lora_A)
         if dora:
             self.magnitude = nn.Parameter(torch.empty_like(self.lora_B.weight[:, 0]))
         self.reset_parameters()

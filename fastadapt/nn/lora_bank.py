@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear
 from .bottleneck import check_size
-from .lora import Beside, LoRALinear, adapter_dtype, check_options, linear_sizes
+from .lora import Beside, LoRALinear, adapter_dtype, check_options, leave_fast_path, linear_sizes
 from .route import Routed
 
 
@@ -41,6 +41,7 @@ class LoRABank(Beside, Routed):
         super().__init__()
         self._transposed, self.k, self.n = linear_sizes(base)
         self.base = base.requires_grad_(False)
+        leave_fast_path(base)
         self.g, self.r, self.dropout, self.check_ids, self.backend = g, r, float(dropout), check_ids, backend
         device = base.weight.device
 

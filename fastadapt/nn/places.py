@@ -42,10 +42,6 @@ class _Beside:
         return _with_first(out, lambda y: module.attached(x.to(y.dtype), residual=y))
 
 
-def _go_slow(module: nn.Module, args: tuple) -> None:
-    """A hook that does nothing: ``nn.TransformerEncoderLayer`` calls its submodules in evaluation where one has a hook."""
-
-
 def check_free(found: dict[str, nn.Module], around: bool) -> None:
     """Refuse targets that have an adapter; one may follow a layer that has another around it."""
     for name, module in found.items():
@@ -81,19 +77,16 @@ def put_around(model: nn.Module, found: dict[str, nn.Module], adapters: Iterable
     return list(found)
 
 
-def leave_fast_path(model: nn.Module, changed: Iterable[nn.Module]) -> None:
-    """Let PyTorch's encoders run their submodules in evaluation too, rather than one function of the frozen weights.
+def leave_nested_tensors(model: nn.Module, changed: Iterable[nn.Module]) -> None:
+    """Let PyTorch's encoders make no nested tensors of padded batches in evaluation.
 
-    The nested tensors that ``nn.TransformerEncoder`` makes of padded batches are for that function alone.
+    They are for one function of the frozen weights alone, which layers leave where a submodule has a hook, as every place of an
+    adapter has.
     """
     changed = {id(module) for module in changed}
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
-            inside = any(id(m) in changed for m in module.modules())
-            if inside and isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
-            elif inside and _go_slow not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_go_slow)
+        if isinstance(module, nn.TransformerEncoder) and any(id(m) in changed for m in module.modules()):
+            module.use_nested_tensor = False
 
 
 def factory(module: nn.Module) -> dict:

@@ -1,0 +1,48 @@
+"""What stands in the place of a frozen layer, in a model that was not made for it."""
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastadapt.nn import KronALinear, LoRABank, LoRALinear, route
+
+from .battery import DEVICE
+
+D = 16
+IDS = torch.tensor([0, -1, 1], device=DEVICE)
+
+
+def bank(base):
+    made = LoRABank(base, 2, 4)
+    for _ in range(2):
+        made.add(LoRALinear(base, 4))
+    return made
+
+
+AROUND = {"lora": lambda base: LoRALinear(base, 4), "kron": KronALinear, "bank": bank}
+over_kinds = pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+
+
+@over_kinds
+@pytest.mark.parametrize("place", ["linear1", "linear2"])
+def test_encoder_layers_run_it_in_evaluation(around, place):
+    """Without gradients PyTorch has one function of the weights for a whole layer."""
+    layer = nn.TransformerEncoderLayer(D, 2, 24, dropout=0.0, batch_first=True, device=DEVICE)
+    frozen, x = copy.deepcopy(layer).eval(), torch.randn(3, 5, D, device=DEVICE)
+    setattr(layer, place, around(getattr(layer, place)))
+    for name, parameter in layer.named_parameters():
+        if any(part in name for part in ("lora_A", "lora_B", "kron.")):
+            nn.init.normal_(parameter, std=0.3)
+    layer.eval()
+    routed = route if around is bank else lambda model, ids: contextlib.nullcontext()
+    with routed(layer, IDS):
+        expected = layer(x).detach()
+    for copied in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad(), routed(copied, IDS):
+            y, without = copied(x), frozen(x)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(y, without, atol=1e-2)
