@@ -1,12 +1,13 @@
 """Ids for all modules of a model at once: the same outputs and gradients as with ids in each call."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from fastadapt.nn import AdapterBank, LoRABank, LoRALinear, PrefixAttention, route
+from fastadapt.nn import AdapterBank, HyperAdapter, LoRABank, LoRALinear, PrefixAttention, route
 
 from .battery import DEVICE
 from .modules import randomised
@@ -65,6 +66,26 @@ def test_contexts_restore_what_was_set():
             model(x)
     assert model.bank.set_ids(None) is other
     assert model.lora.set_ids(None) is model.attention.set_ids(None) is None
+
+
+def test_one_thread_at_a_time():
+    model, x = made()
+    model.hyper = HyperAdapter(["one", "two", "three"], 1, D, 4).to(DEVICE)
+    other = torch.zeros(B, dtype=torch.int64, device=DEVICE)
+
+    def routed(ids, inside=model):
+        with route(inside, ids):
+            return model(x)
+
+    with ThreadPoolExecutor(1) as another:
+        with route(model, IDS), model.hyper.use("one"):
+            for refused in (lambda: routed(other), lambda: routed(other, model.bank), model.hyper.use("two").__enter__):
+                with pytest.raises(RuntimeError, match="inside another thread's `route` or `use`: one at a time"):
+                    another.submit(refused).result()
+            assert torch.equal(model(x), model(x, IDS)) and torch.equal(routed(other), model(x, other))
+            assert torch.equal(another.submit(model, x).result(), model(x, IDS))  # as a backward pass does
+        assert torch.equal(another.submit(routed, other).result(), model(x, other))
+    assert model.bank.set_ids(None) is model.hyper.set_ids(None) is None
 
 
 def test_attention_without_prefixes_leaves_ids_to_others():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._leaf import BACKENDS
 from ..ops.bottleneck import ACTIVATIONS, bottleneck
 from .bottleneck import check_init_std, check_size
+from .route import one_thread
 
 NORMS = (None, "pre", "post")
 
@@ -256,12 +257,14 @@ class HyperAdapter(nn.Module):
     @contextmanager
     def use(self, adapter_ids: Tensor | str | int | Generated) -> Iterator[Generated]:
         """Inside ``with hyper.use(adapter_ids):`` the sites run with what :meth:`forward` generates for these ids, once, or
-        with what it has generated before: for a task that is served, once and for all."""
-        before = self.set_ids(adapter_ids)
-        try:
-            yield self._weights
-        finally:
-            self._weights = before
+        with what it has generated before: for a task that is served, once and for all. One thread at a time, as in
+        :func:`route`."""
+        with one_thread([self]):
+            before = self.set_ids(adapter_ids)
+            try:
+                yield self._weights
+            finally:
+                self._weights = before
 
     def set_ids(self, adapter_ids: Tensor | str | int | Generated | None) -> Generated | None:
         """What :meth:`use` does, until the next call; None: the sites have no weights. Returns what the sites had before."""

@@ -1,9 +1,36 @@
 """Which adapter serves which row of a batch, said once for all modules of a model."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
+
+_lock = threading.Lock()
+_threads: dict[nn.Module, int] = {}  # which thread has set the ids of a module, for those that a context has set
+
+
+@contextmanager
+def one_thread(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Refuse a thread that would set the ids of ``modules`` inside of the context of another one.
+
+    They can't be kept for each thread: on a GPU the backward pass, which checkpointing has run layers again, is one of its own.
+    """
+    if torch.compiler.is_compiling():  # ids that are set in a graph stay in it
+        yield
+        return
+    here = threading.get_ident()
+    with _lock:
+        if any(_threads.get(module, here) != here for module in modules):
+            raise RuntimeError("the model is inside another thread's `route` or `use`: one at a time, or a model for each")
+        outermost = [module for module in modules if module not in _threads]
+        _threads.update(dict.fromkeys(outermost, here))
+    try:
+        yield
+    finally:
+        for module in outermost:
+            del _threads[module]
 
 
 class Routed(nn.Module):
@@ -30,7 +57,8 @@ def route(model: nn.Module, ids: Tensor | None) -> Iterator[None]:
     These are the modules with a method ``set_ids``, for example :class:`AdapterBank`, :class:`LoRABank` and
     :class:`PrefixAttention`, wherever they lie in ``model``, which is called as ever. Ids that a call gives itself come first.
     Contexts may be nested: what was set before is set again at the end, after an exception too. Activation checkpointing runs
-    layers again in the backward pass, which then belongs into the context.
+    layers again in the backward pass, which then belongs into the context. One thread at a time: what is set holds for calls
+    from all threads, and another thread that enters a context of its own meanwhile is refused.
 
     Args:
         model: a model that contains such modules.
@@ -39,11 +67,12 @@ def route(model: nn.Module, ids: Tensor | None) -> Iterator[None]:
 
     Raises:
         ValueError: no module of ``model`` takes ids.
+        RuntimeError: another thread is inside such a context with one of these modules.
     """
     takers = [module for module in model.modules() if hasattr(module, "set_ids")]
     if not takers:
         raise ValueError(f"model must have a module that takes ids, such as an AdapterBank; {type(model).__name__} has none")
-    with ExitStack() as stack:
+    with one_thread(takers), ExitStack() as stack:
         for module in takers:
             stack.callback(module.set_ids, module.set_ids(ids))
         yield
