@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -272,6 +274,29 @@ def test_checkpointing_and_compilation():
     torch.compiler.reset()
     layer = model.layers[0]
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+class Together(nn.Module):
+    """Waits for the other thread."""
+
+    def __init__(self, barrier):
+        super().__init__()
+        self.barrier = barrier
+
+    def forward(self, x):
+        self.barrier.wait(30)
+        return x
+
+
+def test_threads_run_one_model():
+    model, _ = ready("parallel")
+    xs = torch.randn(2, B, T, D, device=DEVICE)
+    expected = [model(x) for x in xs]
+    barrier = threading.Barrier(2)
+    for layer in model.layers:
+        layer.dropout = Together(barrier)  # in the midst of what has the adapter beside it
+    with ThreadPoolExecutor(2) as threads:
+        assert all(map(torch.equal, threads.map(model, xs), expected))
 
 
 def test_generated_adapters_of_stacks_with_other_layers():

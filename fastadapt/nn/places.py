@@ -5,6 +5,7 @@ under its name and with its type, parameters and keys of ``state_dict``, since m
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -27,12 +28,15 @@ def _adapt(module: nn.Module, args: tuple, out):
     return _with_first(out, module.attached)
 
 
-class _Beside:
-    """Keeps what the first module of a sublayer reads for the adapter, which adds to what the last one puts out."""
+class _Beside(threading.local):
+    """Keeps what the first module of a sublayer reads for the adapter, which adds to what the last one puts out; for each
+    thread that runs the model what it reads itself."""
 
-    def __init__(self, enter: nn.Module):
-        self.name = next(iter(inspect.signature(enter.forward).parameters), "x")
-        self.x = None
+    def __init__(self, name: str):
+        self.name, self.x = name, None
+
+    def __reduce__(self):
+        return type(self), (self.name,)
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.x = args[0] if args else kwargs[self.name]
@@ -61,7 +65,7 @@ def put_beside(enters: dict[str, nn.Module], found: dict[str, nn.Module], adapte
     """Run each adapter on the input of a module of ``enters``, and add to the output of that of ``found`` of the same key."""
     for enter, leave, adapter in zip(enters.values(), found.values(), adapters):
         leave.add_module("attached", adapter.train(leave.training))
-        beside = _Beside(enter)
+        beside = _Beside(next(iter(inspect.signature(enter.forward).parameters), "x"))
         enter.register_forward_pre_hook(beside.enter, with_kwargs=True)
         leave.register_forward_hook(beside.leave)
     return [f"{name}.attached" for name in found]
