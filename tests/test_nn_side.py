@@ -2,6 +2,8 @@
 
 import collections
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -215,6 +217,40 @@ def test_layers_and_blocks_of_the_user():
     assert module.layers == ["1", "3"] and LadderSideNetwork(base, D, layers="").layers == ["0", "1", "2", "3"]
     assert LadderSideNetwork(Trunk(3), D).layers == ["layers.0", "layers.1", "layers.2"]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_what_is_read_stays_as_it_was():
+    x = torch.randn(B, T, D, device=DEVICE)
+    for layers, name in ((["0", "2"], "0"), (["1", "2"], "the first layer's input")):
+        base = nn.Sequential(nn.Linear(D, D), nn.ReLU(inplace=True), nn.Linear(D, D)).to(DEVICE)
+        with pytest.raises(RuntimeError, match=f"base must not change in place .*, got a change of that from {name}"):
+            LadderSideNetwork(base, D, layers=layers).to(DEVICE)(x)
+    module = LadderSideNetwork(base, D, layers=["2"]).to(DEVICE)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), base(x))
+
+
+def test_threads_run_one_ladder():
+    barrier = threading.Barrier(2)
+    base = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    module, xs = randomised(LadderSideNetwork(base, D, layers=["0", "2"])), torch.randn(2, B, T, D, device=DEVICE)
+    expected = [module(x) for x in xs]
+
+    def meet(*call):
+        barrier.wait(30)
+
+    base[1].register_forward_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        assert all(map(torch.equal, threads.map(module, xs), expected))
+
+
+def test_compilation_keeps_base_whole():
+    graphs = []
+    module, x = randomised(LadderSideNetwork(Trunk(), D, reduction=4)), ids()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    torch.testing.assert_close(compiled(x), module(x))
+    assert len(graphs) == 2
 
 
 def test_dtypes_and_copies():

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -166,6 +167,15 @@ def _submodule(base: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"layers must name submodules of base, such as {known[:8]}, got {name!r}") from None
 
 
+class _Thread(threading.local):
+    """Where the ladder that runs in this thread keeps what it reads: its hooks see the base run in other threads too."""
+
+    taps: list[Tensor] | None = None
+
+
+_thread = _Thread()
+
+
 class LadderSideNetwork(_BesideFrozen):
     """Ladder side-tuning: a small network that reads the hidden states of a frozen one. Source: Sung et al. 2022 (LST).
 
@@ -181,8 +191,9 @@ class LadderSideNetwork(_BesideFrozen):
     of ``blocks.<i>`` and ``norm``, and ``alpha`` ``(layers,)``.
 
     Args:
-        base: any module that puts out hidden states: a tensor, or a tuple or a mapping that starts with one. It is frozen and
-            kept, not copied.
+        base: any module that puts out hidden states: a tensor, or a tuple or a mapping that starts with one, which it doesn't
+            change in place afterwards: refused, but not seen in inference mode and by ``torch.compile``. It is frozen and kept,
+            not copied.
         d: width of the hidden states.
         reduction: what divides the width, a divisor of ``d``.
         layers: which to tap, in the order in which they run: the name of their container in ``base``, or names. None for all
@@ -229,30 +240,40 @@ class LadderSideNetwork(_BesideFrozen):
     @torch.no_grad()
     def _run(self, args: tuple, kwargs: dict) -> tuple[object, list[Tensor]]:
         """What ``base`` puts out, and the hidden states: the input of the first layer and the output of each."""
-        hidden, ran = [], []
+        hidden, versions, ran = [], [], []
+
+        def tap(state):
+            hidden.append(state)
+            # Inference tensors have no version, and to ask which they are would cut a compiled base into pieces.
+            versions.append(None if torch.compiler.is_compiling() or state.is_inference() else state._version)
 
         def before(layer, args, kwargs):
-            if not hidden:
-                hidden.append(_first(args or kwargs, "the call of the first layer"))
+            if _thread.taps is hidden and not hidden:
+                tap(_first(args or kwargs, "the call of the first layer"))
 
         def after(name):
             def keep(layer, args, output):
-                ran.append(name)
-                hidden.append(_first(output, name))
+                if _thread.taps is hidden:
+                    ran.append(name)
+                    tap(_first(output, name))
 
             return keep
 
         modules = [self.base.get_submodule(name) for name in self.layers]
         handles = [modules[0].register_forward_pre_hook(before, with_kwargs=True)]
         handles += [module.register_forward_hook(after(name)) for name, module in zip(self.layers, modules)]
+        outer, _thread.taps = _thread.taps, hidden
         try:
             out = self.base(*args, **kwargs)
         finally:
+            _thread.taps = outer
             for handle in handles:
                 handle.remove()
         if ran != self.layers:
             raise RuntimeError(f"layers must each run once, in the order {self.layers}, got {ran}")
-        for name, state in zip(["the first layer's input", *self.layers], hidden):
+        for name, state, version in zip(["the first layer's input", *self.layers], hidden, versions):
+            if version is not None and state._version != version:
+                raise RuntimeError(f"base must not change in place what is tapped, got a change of that from {name}")
             if state.is_nested or state.shape[-1] != self.d:
                 got = "a nested tensor" if state.is_nested else tuple(state.shape)
                 raise ValueError(f"layers must put out (..., {self.d}), got {got} from {name}")
