@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fastadapt.nn import LoRALinear, ParallelAdapter, PromptEncoder, attach, drop_adapters, freeze_except, route
@@ -210,6 +211,20 @@ def test_layers_that_the_model_looks_into(method):
         layer.merge()
         assert layer.weight is not weight and not torch.allclose(adapted, before, atol=1e-3)
         torch.testing.assert_close(model(**inputs).logits, adapted)
+
+
+@pytest.mark.parametrize("options", [{}, {"factorized_rule": True}], ids=["rule", "factorized"])
+def test_shared_rules_are_saved_with_the_model(options, tmp_path):
+    model, other = tiny("bert").eval(), tiny("bert").eval()
+    for m in (model, other):
+        attach(m, "compacter", init_std=0.3, **options)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors", device=DEVICE)
+    shared = [name for name in other.state_dict() if ".rule" in name]
+    assert sum(name in state for name in shared) == len(shared) // 4 >= 1  # two adapters of two layers each
+    assert all(".rule" in name for name in other.load_state_dict(state, strict=False).missing_keys)
+    inputs = batch(model, side="right")
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
 
 
 def test_prompts_that_models_refuse():

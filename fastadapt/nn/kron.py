@@ -129,6 +129,9 @@ class PHMLinear(_Kronecker):
         device, dtype: of the parameters. float32 parameters serve 16-bit activations too.
     """
 
+    # save_pretrained of transformers writes a tensor once whose names are all among these: 4.57 reads a list, 5 the keys.
+    _tied_weights_keys = dict.fromkeys(("rule", "rule_left", "rule_right"))
+
     def __init__(
         self, in_features: int, out_features: int, *, n: int = 4, rank: int | None = 1, bias: bool = True,
         shared_rule: Rule | None = None, factorized_rule: bool = False, init_std: float | None = None,
