@@ -68,15 +68,21 @@ def test_equals_the_formula(options, rows):
             torch.testing.assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_errs_as_little_as_plain_pytorch(dtype):
-    fusion = build().to(dtype)
-    double = copy.deepcopy(fusion).double()
-    x, grad_y = torch.randn(2, 16, 8, 9, D, device=DEVICE).to(dtype)
+@pytest.mark.parametrize("rows", [(2, 3), (8, 9)], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize(
+    "parameters, dtype", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)], ids=str
+)
+@over_options
+def test_errs_as_little_as_plain_pytorch(options, parameters, dtype, rows):
+    fusion = build(**options).to(parameters)
+    double, narrow = copy.deepcopy(fusion).double(), copy.deepcopy(fusion).to(dtype)
+    x, grad_y = torch.randn(2, 16, *rows, D, device=DEVICE).to(dtype)
     oracle = pooled(partial(results, formula, double), grad_y.double(), x.double())
-    expected, actual = (pooled(partial(results, run, fusion), grad_y, x) for run in (formula, call))
+    expected = pooled(partial(results, formula, narrow), grad_y, x)
+    actual = pooled(partial(results, call, fusion), grad_y, x)
+    assert actual["y"].dtype == dtype
     for name in expected:
-        assert_within_reference_error(actual[name], expected[name], oracle[name], name)
+        assert_within_reference_error(actual[name], expected[name].to(actual[name].dtype), oracle[name], name)
 
 
 @over_options

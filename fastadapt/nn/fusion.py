@@ -12,6 +12,11 @@ from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, check_size
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In the dtype of ``x``, which float32 parameters serve where it has 16 bits."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def folded_query(x: Tensor, query: nn.Linear | None, key: nn.Linear | None) -> Tensor:
     """A query for what adapters give, in place of one for its projection: ``<query(x), key(u)> = <key.weight.T query(x), u>``,
     but for what all adapters have in common.
@@ -21,16 +26,16 @@ def folded_query(x: Tensor, query: nn.Linear | None, key: nn.Linear | None) -> T
     that nothing waits for one.
     """
     if key is None:
-        return x if query is None else query(x)
+        return x if query is None else _linear(x, query.weight, query.bias)
     weight, bias = key.weight.T, None if key.bias is None else 0.0 * key.bias
     if query is not None and math.prod(x.shape[:-1]) < x.shape[-1]:
-        return F.linear(query(x), weight, bias)
+        return _linear(_linear(x, query.weight, query.bias), weight, bias)
     if query is not None:
         if query.bias is not None:
             moved = weight @ query.bias
             bias = moved if bias is None else bias + moved
         weight = weight @ query.weight
-    return F.linear(x, weight, bias)
+    return _linear(x, weight, bias)
 
 
 def projected(z: Tensor, value: nn.Linear | None, residual: Tensor | None) -> Tensor:
@@ -38,9 +43,9 @@ def projected(z: Tensor, value: nn.Linear | None, residual: Tensor | None) -> Te
     if value is None:
         return z if residual is None else residual + z
     if residual is None or residual.dtype != z.dtype or torch.is_autocast_enabled(z.device.type):
-        z = F.linear(z, value.weight)
+        z = _linear(z, value.weight)
         return z if residual is None else residual + z
-    return torch.addmm(residual.flatten(0, -2), z.flatten(0, -2), value.weight.T).view(z.shape)
+    return torch.addmm(residual.flatten(0, -2), z.flatten(0, -2), value.weight.T.to(z.dtype)).view(z.shape)
 
 
 class AdapterFusion(nn.Module):
@@ -65,6 +70,7 @@ class AdapterFusion(nn.Module):
         temperature: divides the scores.
         init_std: standard deviation of the weights of ``query`` and ``key`` and of a learned query.
         backend: of the kernels, see :func:`fastadapt.adapter_fusion`.
+        device, dtype: of the other parameters. float32 parameters serve 16-bit activations too.
     """
 
     def __init__(
