@@ -34,17 +34,17 @@ def formula(module, query, key, value, blocked):
 
 @pytest.mark.parametrize("options", [{}, {"bias": False, "batch_first": False}], ids=["batch-first", "no-bias-time-first"])
 @pytest.mark.parametrize("gate", [None, "per_head"])
-@pytest.mark.parametrize("masked", ["none", "padding", "causal", "causal-padding", "across"])
+@pytest.mark.parametrize("masked", ["none", "padding", "causal", "causal-padding", "across", "causal-across"])
 def test_equals_the_formula(options, gate, masked):
     options = {"batch_first": True, **options}
     module = PrefixMultiheadAttention(nn.MultiheadAttention(D, H, **options), P, gate=gate).to(DEVICE, torch.float64)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
-    shapes = [(B, T, D)] if masked != "across" else [(B, T, D), (B, S, D)]
+    shapes = [(B, T, D)] if "across" not in masked else [(B, T, D), (B, S, D)]
     sources = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for shape in shapes]
     blocked, call = torch.zeros(B, T, shapes[-1][1], dtype=torch.bool, device=DEVICE), {}
     if "causal" in masked:
-        call |= {"attn_mask": torch.ones(T, T, dtype=torch.bool, device=DEVICE).triu(1), "is_causal": True}
+        call |= {"attn_mask": torch.ones_like(blocked[0]).triu(1), "is_causal": True}
         blocked |= call["attn_mask"]
     if "padding" in masked:
         call["key_padding_mask"] = torch.arange(T, device=DEVICE) >= torch.tensor([[T], [3], [4]], device=DEVICE)

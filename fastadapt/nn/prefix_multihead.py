@@ -82,7 +82,8 @@ class PrefixMultiheadAttention(nn.Module):
         if is_causal and attn_mask is None:
             raise ValueError("attn_mask must be the causal mask with is_causal=True, got None")
         q, k, v = self._heads(query, key, value)
-        causal = is_causal and key_padding_mask is None
+        # The kernel lets the last query see all keys, nn.MultiheadAttention the first query the first key alone.
+        causal = is_causal and key_padding_mask is None and q.shape[-2] == k.shape[-2]
         prefix = self.encoder()[0]
         y = prefix_attention(
             q, k, v, prefix.key, prefix.value, is_causal=causal, gate=prefix.gate, backend=self.backend,
