@@ -7,7 +7,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastadapt.nn import LoRALinear, ParallelAdapter, PromptEncoder, attach, drop_adapters, freeze_except, route
+from fastadapt.nn import (
+    LoRALinear,
+    ParallelAdapter,
+    PromptEncoder,
+    attach,
+    drop_adapters,
+    freeze_except,
+    load_adapters,
+    route,
+    save_adapters,
+)  # fmt: skip
 from fastadapt.nn.structure import layers
 
 from .battery import DEVICE
@@ -140,6 +150,25 @@ def test_mam_trains_prefix_and_parallel_and_drops():
     with pytest.raises(ValueError, match="gate must be one of"):
         attach(other, "mam", p=P, gate="none", r=4)
     assert list(other.state_dict()) == keys and not any(m._forward_hooks for m in other.modules())
+
+
+def test_where_prefixes_go_is_in_their_file(tmp_path):
+    source, moved, unshifted, same = (MODELS["llama"]()[0].to(DEVICE) for _ in range(4))
+    for model in (source, same):
+        attach(model, "prefix", targets="model.layers.0.self_attn", p=P)
+    attach(moved, "prefix", targets="model.layers.1.self_attn", p=P)
+    attach(unshifted, "prefix", targets="model.layers.0.self_attn", p=P, shift_positions=False)
+    save_adapters(source, tmp_path / "a")
+    for other, message in (
+        (moved, r"prefix_encoder has layers=\[0\] in the file, layers=\[1\] in the model"),
+        (unshifted, "prefix_encoder has shift_positions=True in the file, shift_positions=False in the model"),
+    ):
+        before = other.prefix_encoder.prefix.clone()
+        with pytest.raises(ValueError, match=message):
+            load_adapters(other, tmp_path / "a")
+        assert torch.equal(other.prefix_encoder.prefix, before)
+    assert load_adapters(same, tmp_path / "a") == ["prefix_encoder.prefix"]
+    assert torch.equal(same.prefix_encoder.prefix, source.prefix_encoder.prefix)
 
 
 def with_prompt(model, inputs):

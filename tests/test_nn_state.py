@@ -23,6 +23,7 @@ from fastadapt.nn import (  # noqa: E402
     LoRAMultiheadAttention,
     ParallelAdapter,
     PrefixAttention,
+    PrefixEncoder,
     PromptEncoder,
     attach,
     freeze_except,
@@ -194,6 +195,32 @@ def test_generated_adapters_are_compared(tmp_path):
         load_adapters(HyperAdapter(tasks, 2, D, 4, norm="pre", **sizes), path)
     with pytest.raises(ValueError, match=r"task_embeddings\.c is missing in the file; task_embeddings\.b is not in the model"):
         load_adapters(HyperAdapter(["a", "c"], 2, D, 4, **sizes), path)
+
+
+def with_prefixes(*names):
+    attention = PrefixAttention(D, 2)
+    for name in names:
+        attention.add(name, 3)
+    return nn.ModuleDict({"a": attention})
+
+
+def test_what_ids_mean_is_compared(tmp_path):
+    path = save(HyperAdapter(["x", "y"], 2, D, 4), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"the model has tasks=\['x', 'y'\] in the file, tasks=\['y', 'x'\] in the model"):
+        load_adapters(HyperAdapter(["y", "x"], 2, D, 4), path)
+    source, target = with_prefixes("x", "y"), with_prefixes("x", "y")
+    path = save(source, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"a has names=\['x', 'y'\] in the file, names=\['y', 'x'\] in the model"):
+        load_adapters(with_prefixes("y", "x"), path)
+    assert load_adapters(target, path) == ["a.prefixes.x.prefix", "a.prefixes.y.prefix"]
+    assert torch.equal(target["a"].prefixes["y"].prefix, source["a"].prefixes["y"].prefix)
+
+
+def test_a_file_need_not_know_every_option(tmp_path):
+    source, target = PrefixEncoder(2, 3, 4), PrefixEncoder(2, 3, 4)
+    target.placed = {"layers": [0], "shift_positions": True}
+    load_adapters(target, save(source, tmp_path / "a"))
+    assert torch.equal(target.prefix, source.prefix)
 
 
 def test_attached_adapters(tmp_path):

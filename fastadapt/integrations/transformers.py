@@ -241,6 +241,8 @@ def add_prefix(
     dtype = model.dtype if model.dtype == torch.float64 else torch.float32
     encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **{"device": model.device, "dtype": dtype, **options})
     encoder.attentions = tuple(layers)  # in a tuple they aren't submodules of it
+    places = {id(layer): i for i, layer in enumerate(found)}
+    encoder.placed = {"layers": [places[id(layer)] for layer in layers], "shift_positions": shift_positions}
     before = {name: part._attn_implementation for name, part in ({"": model.config} | parts).items() if part is not None}
     hook = _Hook(layers, p if shift_positions else 0, backend, before)
     model.set_attn_implementation(NAME)

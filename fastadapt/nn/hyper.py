@@ -283,8 +283,9 @@ class HyperAdapter(nn.Module):
         return HyperSite(self, layer, position)
 
     def options(self) -> dict:
-        """The constructor's arguments that decide what is computed and don't show in the shapes of the parameters."""
-        return {"activation": self.activation, "norm": self.norm, "norm_eps": self.norm_eps}
+        """The constructor's arguments that decide what is computed and don't show in the shapes of the parameters; the tasks in
+        the order of their ids."""
+        return {"tasks": self.names, "activation": self.activation, "norm": self.norm, "norm_eps": self.norm_eps}
 
     def extra_repr(self) -> str:
         sizes = f"layers={self.layers}, positions={self.positions}, d={self.d}, r={self.r}"

@@ -58,6 +58,8 @@ class PrefixEncoder(nn.Module):
         device, dtype: of the parameters. float32 parameters serve 16-bit activations too.
     """
 
+    placed: dict = {}  # how a model that it was added to takes the prefixes, see options()
+
     def __init__(
         self, h_kv: int, p: int, e: int, layers: int = 1, *, hidden: int | None = None, width: int | None = None,
         dropout: float = 0.0, gate: str | None = None, h: int | None = None, init_std: float = 1.0, device=None, dtype=None,
@@ -115,6 +117,11 @@ class PrefixEncoder(nn.Module):
             del self.embedding, self.hidden, self.output
             self.embedding = self.hidden = self.output = None
         return self
+
+    def options(self) -> dict:
+        """What decides on the result and doesn't show in the shapes of the parameters: ``layers``, the places that the prefixes
+        have among the attention layers of a model, and ``shift_positions``, both of ``add_prefix``."""
+        return self.placed
 
     def extra_repr(self) -> str:
         gate = None if self.gate is None else "scalar" if self.gate.shape[1] == 1 else "per_head"
@@ -176,6 +183,10 @@ class PrefixAttention(Routed):
     def names(self) -> list[str]:
         """The names of the prefixes, in the order of their ids."""
         return list(self.prefixes)
+
+    def options(self) -> dict:
+        """What decides which prefix an id means."""
+        return {"names": self.names}
 
     def add(self, name: str, prefix: int | PrefixEncoder, **options) -> PrefixEncoder:
         """Add a prefix: of a length, made with ``options`` of :class:`PrefixEncoder`, or one that exists. Returns it."""

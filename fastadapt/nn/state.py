@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .freeze import _BESIDE_A_BASE, KINDS
 from .lora import Merging
+from .prefix import PrefixAttention
 
 VERSION = 1  # of what the metadata says
 SHOWN = 5  # differences that an error names
@@ -46,8 +47,8 @@ class _Contents:
     def _walk(self, module: nn.Module, name: str, inside: bool) -> None:
         if isinstance(module, Merging) and module.merged:
             raise RuntimeError(f"{name or 'the model'} is merged: unmerge() it first, files hold no frozen weights")
-        if isinstance(module, self._types):
-            inside = True
+        inside |= isinstance(module, self._types)
+        if isinstance(module, (*self._types, PrefixAttention)):  # which is frozen, but its ids mean what is in it
             self.modules[name] = {"type": type(module).__name__, "options": _options(module)}
         prefix = f"{name}." if name else ""
         if inside:
@@ -157,7 +158,7 @@ def _differences(file: dict[str, Tensor], about: dict, model: dict[str, Tensor],
         if theirs["type"] != mine["type"]:
             yield f"{called} is a {theirs['type']} in the file, a {mine['type']} in the model"
             continue
-        for option in sorted(theirs["options"].keys() | mine["options"].keys()):
+        for option in sorted(theirs["options"]):  # of others the file knows nothing
             values = [side["options"].get(option) for side in (theirs, mine)]
             if values[0] != values[1]:
                 yield f"{called} has {option}={values[0]!r} in the file, {option}={values[1]!r} in the model"
