@@ -182,6 +182,20 @@ def test_the_last_difference_is_found_before_the_first_copy(tmp_path):
     assert not changed(before, target)
 
 
+def test_what_cannot_be_written_to_is_found_before_the_first_copy(tmp_path):
+    path = save(randomised(nn.ModuleList(BottleneckAdapter(D, 4) for _ in range(2))), tmp_path / "a")
+    expanded = nn.ModuleList(BottleneckAdapter(D, 4) for _ in range(2))
+    expanded[1].up.weight = nn.Parameter(torch.zeros(1).expand(D, 4))
+    with torch.inference_mode():
+        inference = nn.ModuleList(BottleneckAdapter(D, 4) for _ in range(2))
+    for last, message in ((expanded[1], "single memory location"), (inference[1], "inference tensor")):
+        target = nn.ModuleList([BottleneckAdapter(D, 4), last])
+        before = values(target)
+        with pytest.raises(RuntimeError, match=message):
+            load_adapters(target, path)
+        assert not changed(before, target)
+
+
 def test_alpha_of_lora_is_compared(tmp_path):
     path = save(nn.Sequential(LoRALinear(nn.Linear(D, D), 4, alpha=8)), tmp_path / "a")
     with pytest.raises(ValueError, match=r"0 has scale=2\.0 in the file, scale=4\.0 in the model"):

@@ -208,7 +208,9 @@ def load_adapters(model: nn.Module, path: str | os.PathLike, *, cast: bool = Fal
         shown = "; ".join(differences[:SHOWN])
         more = len(differences) - SHOWN
         raise ValueError(f"{path} must fit the model, got {shown}{f'; and {more} more differences' if more > 0 else ''}")
-    for name, owner in _first_names(places).items():
-        if name == owner:
-            places[name].copy_(tensors[name])
+    owners = [name for name, owner in _first_names(places).items() if name == owner]
+    for name in owners:
+        places[name].copy_(places[name].clone())  # PyTorch refuses what can't be written to before anything is changed
+    for name in owners:
+        places[name].copy_(tensors[name])
     return list(places)
