@@ -245,9 +245,18 @@ def test_types_and_options_arrive():
 def test_shared_layers_get_one_adapter():
     layer = encoder_layer()
     model = nn.Sequential(layer, layer)
-    assert attach(model, "parallel", r=2) == ["0.linear2.attached"]
     assert attach(model, "lora", targets="linear1", r=2) == ["0.linear1"]
+    assert attach(model, "parallel", r=2) == ["0.linear2.attached"]
     assert model[0] is model[1] and isinstance(model[1].linear1, LoRALinear) and len(layer.linear2._forward_hooks) == 1
+
+
+def test_no_lora_around_what_an_adapter_beside_a_block_reads():
+    layer, x = encoder_layer(), torch.randn(B, T, D, device=DEVICE)
+    attach(layer, "parallel", r=2)
+    y = layer(x)
+    with pytest.raises(ValueError, match="base must have no hooks, which would not run any more, got a Linear with hooks"):
+        attach(layer, "lora", targets="linear1", r=2)
+    assert torch.equal(layer(x), y) and layer.linear1.weight.requires_grad
 
 
 @pytest.mark.parametrize("method", ["houlsby", "parallel", "lora"])

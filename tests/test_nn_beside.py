@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastadapt.nn import KronALinear, LoRABank, LoRALinear, route
+from fastadapt.nn import (
+    KronALinear,
+    LoRABank,
+    LoRALinear,
+    LoRAMultiheadAttention,
+    PrefixMultiheadAttention,
+    attach,
+    route,
+)  # fmt: skip
 
 from .battery import DEVICE
 
@@ -46,3 +54,23 @@ def test_encoder_layers_run_it_in_evaluation(around, place):
             y, without = copied(x), frozen(x)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(y, without, atol=1e-2)
+
+
+OF_ATTENTION = {"lora-attention": LoRAMultiheadAttention, "prefix-attention": lambda base: PrefixMultiheadAttention(base, 2)}
+
+
+@pytest.mark.parametrize("kind", [*AROUND, *OF_ATTENTION])
+def test_layers_with_hooks_are_refused(kind):
+    """It would not call the layer, and lose what they do."""
+    around = {**AROUND, **OF_ATTENTION}[kind]
+    make = (lambda: nn.MultiheadAttention(D, 2)) if kind in OF_ATTENTION else (lambda: nn.Linear(D, D))
+    around(make())
+    hooked = [make() for _ in range(4)]
+    for base, register in zip(hooked, ("forward", "forward_pre", "full_backward", "full_backward_pre")):
+        getattr(base, f"register_{register}_hook")(lambda *call: None)
+    adapted = nn.Sequential(make())
+    attach(adapted, "bottleneck", targets="0", r=2)
+    for base in (*hooked, adapted[0]):
+        with pytest.raises(ValueError, match=f"base must have no hooks, .* got a {type(base).__name__} with hooks"):
+            around(base)
+        assert all(p.requires_grad for p in base.parameters())

@@ -56,7 +56,8 @@ def is_falcons(layer: nn.Module) -> bool:
 
 
 def linear_sizes(base: nn.Module) -> tuple[bool, int, int]:
-    """Whether a frozen linear layer keeps its weight as (k, n), and k and n. Refuses other layers."""
+    """Whether a frozen linear layer keeps its weight as (k, n), and k and n. Refuses other layers, and hooks."""
+    check_no_hooks(base)
     if is_conv1d(base):
         return True, base.nx, base.nf
     if not isinstance(base, nn.Linear):
@@ -75,6 +76,13 @@ def leave_fast_path(inside: nn.Module) -> None:
     calls. Without one in it a layer leaves its submodules for a function of the weights that these show."""
     if _nothing not in inside._forward_pre_hooks.values():
         inside.register_forward_pre_hook(_nothing)
+
+
+def check_no_hooks(base: nn.Module) -> None:
+    """Refuse a layer with hooks, such as that of an adapter after it: what stands in its place doesn't call it."""
+    hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
+    if any(hook is not _nothing for kind in hooks for hook in kind.values()):
+        raise ValueError(f"base must have no hooks, which would not run any more, got a {type(base).__name__} with hooks")
 
 
 class Beside:
@@ -191,7 +199,7 @@ class LoRALinear(_Pair):
 
     Args:
         base: ``nn.Linear``, the ``Conv1D`` of ``transformers``, or a linear layer with a quantised weight as in
-            :func:`fastadapt.lora_linear`. It is frozen and kept, not copied.
+            :func:`fastadapt.lora_linear`, without hooks, since it isn't called. It is frozen and kept, not copied.
         r: rank.
         alpha: scale times ``r``.
         dropout: probability that an element of the input of ``lora_A`` is dropped in training.

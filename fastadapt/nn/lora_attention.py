@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.lora_linear import lora_linear
-from .lora import check_options, pair
+from .lora import check_no_hooks, check_options, pair
 
 PROJECTIONS = ("q", "k", "v", "out")
 
@@ -44,6 +44,7 @@ class LoRAMultiheadAttention(nn.Module):
             raise TypeError(f"base must be a torch.nn.MultiheadAttention, got {type(base).__name__}")
         if base.bias_k is not None or base.add_zero_attn:
             raise ValueError("base must have add_bias_kv=False and add_zero_attn=False, got True")
+        check_no_hooks(base)
         if isinstance(targets, str) or not targets or not set(targets) <= set(PROJECTIONS):
             raise ValueError(f"targets must be some of {PROJECTIONS}, got {targets!r}")
         super().__init__()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .._leaf import BACKENDS
 from ..ops.prefix_attention import prefix_attention
-from .lora import adapter_dtype
+from .lora import adapter_dtype, check_no_hooks
 from .lora_attention import merged_mask
 from .prefix import PrefixEncoder
 
@@ -32,6 +32,7 @@ class PrefixMultiheadAttention(nn.Module):
             raise TypeError(f"base must be a torch.nn.MultiheadAttention, got {type(base).__name__}")
         if base.bias_k is not None or base.add_zero_attn or base.in_proj_weight is None:
             raise ValueError("base must have add_bias_kv=False, add_zero_attn=False, and kdim and vdim like embed_dim")
+        check_no_hooks(base)
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend must be one of {(None, *BACKENDS)}, got {backend!r}")
         super().__init__()
