@@ -1,6 +1,7 @@
 """Methods put into models of Hugging Face by name, beside the same models changed by hand; prompts."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -39,6 +40,27 @@ def mixtral():
     return hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES | SMALL, num_key_value_heads=2, num_local_experts=2)).to(DEVICE)
 
 
+def qwen2_moe():
+    sizes = {"num_experts": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_key_value_heads": 2}
+    return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**SIZES | SMALL, **sizes)).to(DEVICE)
+
+
+def switch():
+    """Its experts are in a dict."""
+    sizes = {"vocab_size": 40, "d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+    sizes |= {"num_decoder_layers": 1, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2}
+    sizes |= {"decoder_start_token_id": 0}
+    return hf.SwitchTransformersForConditionalGeneration(hf.SwitchTransformersConfig(**sizes)).to(DEVICE)
+
+
+def prophetnet():
+    """The last linear layer of its decoder's attention is of relative positions."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {f"num_{side}_layers": 1 for side in ("encoder", "decoder")}
+    sizes |= {f"num_{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+    return hf.ProphetNetForConditionalGeneration(hf.ProphetNetConfig(**sizes)).to(DEVICE)
+
+
 def distilbert():
     sizes = {"vocab_size": 40, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0}
     return hf.DistilBertModel(hf.DistilBertConfig(**sizes, attention_dropout=0.0)).to(DEVICE)
@@ -56,21 +78,27 @@ PARTS = {
            ("1.EncDecAttention.q", "1.EncDecAttention.v", "1.EncDecAttention.o")],
            ("2.DenseReluDense.wi", "2.DenseReluDense.wo")),
     "mixtral": ("model.layers.0", [("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")], ("block_sparse_moe",) * 2),
+    "qwen2_moe": ("model.layers.0", [("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")], ("mlp",) * 2),
+    "switch": ("decoder.block.0.layer", [("0.SelfAttention.q", "0.SelfAttention.v", "0.SelfAttention.o"),
+               ("1.EncDecAttention.q", "1.EncDecAttention.v", "1.EncDecAttention.o")], ("2.mlp",) * 2),
+    "prophetnet": ("prophetnet.decoder.layers.0", [("self_attn.value_proj", "self_attn.query_proj", "self_attn.out_proj"),
+                   ("cross_attn.value_proj", "cross_attn.query_proj", "cross_attn.out_proj")],
+                   ("feed_forward.intermediate", "feed_forward.output")),
     "distilbert": ("transformer.layer.0", [("attention.q_lin", "attention.v_lin", "attention.out_lin")],
                    ("ffn.lin1", "ffn.lin2")),
 }  # fmt: skip
-MAKERS = {"t5": t5, "mixtral": mixtral, "distilbert": distilbert}
+MAKERS = {f.__name__: f for f in (t5, mixtral, qwen2_moe, switch, prophetnet, distilbert)}
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_layers_are_found(name):
     model = MAKERS.get(name, lambda: tiny(name))()
     expected, attentions, block = PARTS[name]
-    if name == "mixtral" and not any(isinstance(module, nn.ModuleList) for module in model.model.layers[0].modules()):
+    if name in ("mixtral", "qwen2_moe", "switch") and not re.search(r"experts\.(expert_)?0", str(list(model.state_dict()))):
         pytest.skip("from transformers 5 on experts are no linear layers")
     found = layers(model)
     layer = found[-1]
-    assert len(found) == (2 if name == "t5" else 1) and layer.name == expected
+    assert len(found) == 1 + model.config.is_encoder_decoder and layer.name == expected
     assert [(*a.projections, a.output) for a in layer.attentions] == [
         tuple(f"{expected}.{part}" for part in parts) for parts in attentions
     ]

@@ -19,7 +19,7 @@ from .places import check_free, factory, leave_nested_tensors, put_after, put_ar
 from .prefix import PrefixAttention
 from .prefix_multihead import PrefixMultiheadAttention
 from .prompt import PromptEmbedding
-from .structure import Targets, described, element, layers, resolve, walk, width
+from .structure import Layer, Targets, described, element, layers, resolve, walk, width
 
 _OF_PREFIXES = ("p", "hidden", "width", "gate", "dropout", "shift_positions")  # among the options of "mam"
 _MULTIHEAD = (nn.MultiheadAttention, LoRAMultiheadAttention, PrefixMultiheadAttention)  # the last two have an adapter
@@ -30,12 +30,23 @@ LENGTH = 16  # of a prefix or prompt, where no p is given
 # Where a method goes if the user doesn't say it.
 
 
+def _clear_layers(model: nn.Module) -> list[Layer]:
+    found = layers(model)
+    if unclear := [layer.name for layer in found if layer.feed_forward is None]:
+        raise ValueError(
+            f"targets must be given for {type(model).__name__}, in whose {unclear[0]!r} no feed-forward block is clear; it has "
+            f"{described(model)}"
+        )
+    return found
+
+
 def _feed_forward(model: nn.Module) -> list[str]:
-    return [layer.feed_forward.leave for layer in layers(model)]
+    return [layer.feed_forward.leave for layer in _clear_layers(model)]
 
 
 def _both(model: nn.Module) -> list[str]:
-    return [name for layer in layers(model) for name in (*(a.output for a in layer.attentions), layer.feed_forward.leave)]
+    found = _clear_layers(model)
+    return [name for layer in found for name in (*(a.output for a in layer.attentions), layer.feed_forward.leave)]
 
 
 def _projections(model: nn.Module) -> list[str]:
@@ -46,7 +57,7 @@ def _linear_projections(model: nn.Module) -> list[str]:
     """The same, but where these are no modules of their own the linear layers of the feed-forward blocks."""
     names = _projections(model)
     if any(isinstance(model.get_submodule(name), nn.MultiheadAttention) for name in names):
-        names = [name for layer in layers(model) for name in dict.fromkeys(layer.feed_forward)]
+        names = [name for layer in _clear_layers(model) for name in dict.fromkeys(layer.feed_forward)]
     return names
 
 
@@ -292,8 +303,8 @@ def attach(model: nn.Module, method: str, *, targets: Targets | None = None, **o
         The names of the modules that were put in; with ``bitfit`` of the biases.
 
     Raises:
-        ValueError: there is no such method, a target means no module, a place has an adapter already, or nothing was found
-            without targets; ``model`` is as it was.
+        ValueError: there is no such method, a target means no module, a place has an adapter already, or without targets the
+            places weren't found or aren't clear; ``model`` is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

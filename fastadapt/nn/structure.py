@@ -16,6 +16,7 @@ Targets = str | type | Iterable[str | type]
 _ADAPTERS = (*(kind for kinds in KINDS.values() for kind in kinds), PrefixMultiheadAttention)
 # They don't call the linear layers in them.
 _ATTENTION = (nn.MultiheadAttention, LoRAMultiheadAttention, PrefixMultiheadAttention)
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 _QUERY_OR_VALUE = re.compile(r"(to_?|w_?)?(q|query|queries|v|value|values)(_?(proj|projection|lin|linear))?", re.IGNORECASE)
 _FUSED = re.compile(r"c_attn|in_proj|query_key_value|(w_?)?qkv(_?(proj|projection|lin|linear))?", re.IGNORECASE)
 _SHOWN = 24
@@ -40,7 +41,7 @@ class Layer(NamedTuple):
 
     name: str
     attentions: tuple[Attention, ...]
-    feed_forward: FeedForward
+    feed_forward: FeedForward | None  # where it isn't clear
 
 
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -62,6 +63,12 @@ def _bare(module: nn.Module) -> nn.Module:
 def _is_linear(module: nn.Module) -> bool:
     bare = _bare(module)
     return isinstance(bare, nn.Linear | nn.MultiheadAttention) or is_conv1d(bare)
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether it keeps experts, or the like, in one parameter."""
+    own = module.parameters(recurse=False)
+    return not isinstance(module, (nn.modules.conv._ConvNd, *_ADAPTERS)) and any(p.dim() == 3 for p in own)
 
 
 def width(module: nn.Module) -> int | None:
@@ -102,48 +109,71 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
 
 
-def _attention(names: list[str]) -> Attention:
-    """Of the linear layers of an attention: the output is the last one, but for those that by their usual names are of queries,
-    values or both; these, queries and values first, are the projections, or all but the output where the names aren't used."""
+def _attention(names: list[str], modules: dict[str, nn.Module]) -> Attention:
+    """Of the linear layers of an attention: the output is the last one, if possible of those that lead back to the width that
+    the first reads, but for those that by their usual names are of queries, values or both; these, queries and values first,
+    are the projections, or all but the output where the names aren't used."""
     named = [[n for n in names if pattern.fullmatch(n.rpartition(".")[2])] for pattern in (_QUERY_OR_VALUE, _FUSED)]
-    output = next((name for name in reversed(names) if not any(name in found for found in named)), names[-1])
+    free = [name for name in names if not any(name in found for found in named)] or names
+    back = [name for name in free if _sizes(modules[name])[1] == _sizes(modules[names[0]])[0]]
+    output = (back or free)[-1]
     others = [name for name in names if name != output] or names
     return Attention(tuple(named[0] or named[1] or others), output)
 
 
-def _feed_forward(names: list[str], modules: dict[str, nn.Module], d: int | None) -> FeedForward | None:
-    """Of the linear layers of a layer that aren't attention's: the last that leads back to the width ``d`` is the output."""
+def _in_lists(names: list[str], layer: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a layer keeps several of these in one list of its own, as XLM does, so that it is all layers of a model."""
+    lists = [name.rpartition(".")[0] for name in names]
+    return any(lists.count(name) > 1 and name != layer and isinstance(modules[name], _LISTS) for name in lists)
+
+
+def _feed_forward(names: list[str], layer: str, modules: dict[str, nn.Module], d: int | None) -> FeedForward | None:
+    """Of the linear layers of a layer that aren't attention's: the last that leads back to the width ``d`` is the output. None
+    where that isn't clear."""
     leaves = [name for name in names if width(modules[name]) == d]
-    if not leaves:
+    if not leaves or not all(_is_linear(modules[name]) for name in names):
         return None
     whole = next(above for above in [names[-1], *_above(names[-1])] if all(above in (n, *_above(n)) for n in names))
-    inside = [above for above in _above(leaves[-1]) if whole in _above(above) and above != whole]
-    experts = any(isinstance(modules[above], nn.ModuleList) for above in inside)
-    return FeedForward(whole, whole) if experts else FeedForward(names[0], leaves[-1])
+    inside = {above for name in names for above in _above(name) if whole in _above(above) and above != whole}
+    if any(isinstance(modules[above], _LISTS) for above in inside):  # of experts
+        return None if whole in (layer, *_above(layer)) else FeedForward(whole, whole)
+    return FeedForward(names[0], leaves[-1])
 
 
 def layers(model: nn.Module) -> list[Layer]:
     """The layers of a transformer: the innermost modules with attention and with a feed-forward block, in order.
 
     Attention is what its class or its name calls so, its output projection the last linear layer in it; the other linear
-    layers are the feed-forward block. That holds for BERT, RoBERTa, GPT-2, Llama, Mistral, T5, BART, DistilBERT, ViT and the
-    like, for ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``, and for most that are written by hand.
+    layers are the feed-forward block, as a whole if it has a list of experts. That holds for BERT, RoBERTa, GPT-2, Llama,
+    Mistral, T5, BART, DistilBERT, ViT and the like, for ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``, and
+    for most that are written by hand.
+
+    Raises:
+        ValueError: some attention of the model is in no such layer.
     """
     modules = dict(walk(model))
     roots: dict[str, list[str]] = {}  # of attention, with the linear layers in each
     others = []
-    for name in [name for name, module in modules.items() if _is_linear(module)]:
+    for name in [name for name, module in modules.items() if _is_linear(module) or _is_stacked(module)]:
         within = [above for above in reversed([name, *_above(name)]) if _is_attention(above.rpartition(".")[2], modules[above])]
-        roots.setdefault(within[0], []).append(name) if within else others.append(name)
+        if not within:
+            others.append(name)
+        elif _is_linear(modules[name]):
+            roots.setdefault(within[0], []).append(name)
     both = {a for root in roots for a in _above(root)} & {a for name in others for a in _above(name)}
     inner = [name for name in both if not any(name in _above(other) for other in both if other)]
     found = []
     for layer in [name for name in modules if name in inner]:
-        attentions = [_attention(names) for root, names in roots.items() if layer in _above(root)]
+        within = [root for root in roots if layer in _above(root)]
+        attentions = [_attention(roots[root], modules) for root in within]
         rest = [name for name in others if layer in _above(name)]
-        block = _feed_forward(rest, modules, width(modules[attentions[0].output]))
-        if block is not None:
-            found.append(Layer(layer, tuple(attentions), block))
+        block = _feed_forward(rest, layer, modules, width(modules[attentions[0].output]))
+        found.append(Layer(layer, tuple(attentions), None if _in_lists(within, layer, modules) else block))
+    if left := [root for root in roots if found and not any(layer.name in _above(root) for layer in found)]:
+        raise ValueError(
+            f"targets must be given for {type(model).__name__}, whose {left[0]!r} is in no layer with a feed-forward block; it "
+            f"has {described(model)}"
+        )
     return found
 
 
