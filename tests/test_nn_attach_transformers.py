@@ -284,6 +284,17 @@ def test_shared_rules_are_saved_with_the_model(options, tmp_path):
     assert torch.equal(other(**inputs).logits, model(**inputs).logits)
 
 
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | SMALL, tie_word_embeddings=True)).to(DEVICE)
+    attach(model, "lora", targets="lm_head", r=2)
+    model.model.embed_tokens.weight = nn.Parameter(torch.randn_like(model.model.embed_tokens.weight))
+    model.tie_weights()
+    assert model.lm_head.base.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "model.embed_tokens.weight" in state and "lm_head.base.weight" not in state and "lm_head.lora_A.weight" in state
+
+
 def test_prompts_that_models_refuse():
     for model in (t5(), hf.ViTModel(hf.ViTConfig(hidden_size=32, intermediate_size=48, **OFF, **SMALL, num_attention_heads=4))):
         with pytest.raises(ValueError, match="model must take inputs_embeds and be no encoder with a decoder"):

@@ -74,3 +74,33 @@ def test_layers_with_hooks_are_refused(kind):
         with pytest.raises(ValueError, match=f"base must have no hooks, .* got a {type(base).__name__} with hooks"):
             around(base)
         assert all(p.requires_grad for p in base.parameters())
+
+
+@over_kinds
+def test_a_weight_that_is_assigned_is_that_of_the_base(around):
+    layer, x = around(nn.Linear(D, D, device=DEVICE)), torch.randn(3, D, device=DEVICE)
+    weight, bias = nn.Parameter(torch.randn(D, D, device=DEVICE)), nn.Parameter(torch.randn(D, device=DEVICE))
+    layer.weight, layer.bias = weight, bias
+    assert layer.weight is layer.base.weight is weight and layer.bias is layer.base.bias is bias
+    assert not {"weight", "bias"} & layer.state_dict().keys()
+    y = layer(x, adapter_ids=IDS) if around is bank else layer(x)
+    torch.testing.assert_close(y, nn.functional.linear(x, weight, bias))
+    if around is not bank:
+        layer.merge()
+        with pytest.raises(RuntimeError, match="weight: unmerge the adapter first"):
+            layer.weight = weight
+        layer.unmerge()
+        assert layer.weight is weight
+
+
+@pytest.mark.parametrize("around", [AROUND["lora"], KronALinear])
+def test_a_parametrized_weight_is_not_merged(around):
+    base = nn.utils.parametrizations.weight_norm(nn.Linear(D, D, device=DEVICE))
+    layer, x = around(base), torch.randn(3, D, device=DEVICE)
+    for parameter in (*layer.lora_B.parameters(),) if around is not KronALinear else (layer.kron.b,):
+        nn.init.normal_(parameter)
+    y = layer(x)
+    assert not torch.equal(y, base(x))
+    with pytest.raises(RuntimeError, match="merge: base must have its weight as a parameter"):
+        layer.merge()
+    assert not layer.merged and torch.equal(layer(x), y)

@@ -88,6 +88,8 @@ def check_no_hooks(base: nn.Module) -> None:
 class Beside:
     """What stands in the place of a frozen ``base`` shows its weight and bias: models look at their dtypes and tie them."""
 
+    _tied_weights_keys = {"base.weight": None}  # as in PHMLinear
+
     @property
     def weight(self) -> Tensor:
         return self.base.weight
@@ -95,6 +97,15 @@ class Beside:
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:
+        """Called by ``setattr`` too: a weight that a model ties is that of ``base``."""
+        if name not in ("weight", "bias"):
+            super().register_parameter(name, parameter)
+        elif getattr(self, "merged", False):
+            raise RuntimeError(f"{name}: unmerge the adapter first, or unmerge() would take the new {name} away")
+        else:
+            setattr(self.base, name, parameter)
 
 
 class Merging(Beside, nn.Module):
@@ -123,6 +134,8 @@ class Merging(Beside, nn.Module):
         """
         if self.merged:
             raise RuntimeError("merge: the adapter is merged already")
+        if "weight" not in self.base._parameters:
+            raise RuntimeError("merge: base must have its weight as a parameter, not computed from others by a parametrization")
         weight, bias = self._merged()
         if self.training and weight.dtype in (torch.bfloat16, torch.float16):
             warnings.warn(
