@@ -81,7 +81,8 @@ def _places(found: dict[str, nn.Module]) -> list[tuple[int, dict]]:
     return [(width(module), factory(module)) for module in found.values()]
 
 
-# Adapters for places, given as pairs of a width and options for the device and the dtype.
+# Adapters for places, given as pairs of a width and options for the device and the dtype. An option that must be given is None
+# here: the class that needs it says so.
 
 
 def _bottlenecks(make, places, r: int | None = None, **options):
@@ -96,11 +97,11 @@ def _compacters(places, r: int | None = None, **options):
     return adapters
 
 
-def _banks(places, *, g: int, **options):
+def _banks(places, *, g: int | None = None, **options):
     return _bottlenecks(lambda d, r, **others: AdapterBank(g, d, r, **others), places, **options)
 
 
-def _fusions(places, *, g: int, r: int | None = None, **options):
+def _fusions(places, *, g: int | None = None, r: int | None = None, **options):
     own = {name: options.pop(name) for name in ("query", "value", "temperature") if name in options}
     banks = _banks(places, g=g, r=r, **options)
     return [AdapterFusion(d, bank, **{**made, **own}) for (d, made), bank in zip(places, banks)]
@@ -129,7 +130,9 @@ def _beside(model: nn.Module, targets: Targets | None, before: Callable[[], list
     return names + put_beside({name: model.get_submodule(enters.get(name, name)) for name in found}, found, adapters)
 
 
-def _hyper(model: nn.Module, targets: Targets | None, *, tasks: int | list[str], r: int | None = None, **options) -> list[str]:
+def _hyper(
+    model: nn.Module, targets: Targets | None, *, tasks: int | list[str] | None = None, r: int | None = None, **options
+) -> list[str]:
     found, modules = _found(model, targets, _both), dict(model.named_modules())
     check_free(found, around=False)
     if "hyper" in model._modules:
@@ -154,7 +157,9 @@ def _lora(base: nn.Module, r: int = 8, **options) -> nn.Module:
     return LoRAEmbedding(base, r, **options) if isinstance(base, nn.Embedding) else LoRALinear(base, r, **options)
 
 
-def _lora_bank(base: nn.Module, r: int = 8, *, g: int, alpha: float = 16, rslora: bool = False, **options) -> LoRABank:
+def _lora_bank(
+    base: nn.Module, r: int = 8, *, g: int | None = None, alpha: float = 16, rslora: bool = False, **options
+) -> LoRABank:
     bank = LoRABank(base, g, r, **options)
     for slot in range(g):
         bank.replace(slot, LoRALinear(base, r, alpha=alpha, rslora=rslora, lora_bias=bank.lora_bias is not None))
