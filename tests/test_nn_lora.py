@@ -169,6 +169,16 @@ def test_state_dict(options):
     assert torch.isfinite(empty(x)).all() and not empty.lora_B.weight.any()
 
 
+@pytest.mark.parametrize("make", [lambda: LoRALinear(nn.Linear(K, N)), lambda: LoRAEmbedding(nn.Embedding(K, N))])
+def test_no_new_start_while_merged(make):
+    layer = randomised(make())
+    layer.merge()
+    before = saved(layer)
+    with pytest.raises(RuntimeError, match="reset_parameters: unmerge the adapter first"):
+        layer.reset_parameters()
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
 def test_embedding():
     base = nn.Embedding(20, N, padding_idx=3)
     layer = LoRAEmbedding(base.bfloat16(), R, alpha=3).to(DEVICE)

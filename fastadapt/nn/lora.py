@@ -296,6 +296,8 @@ class LoRAEmbedding(_Pair):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew, as what ``base`` alone computes."""
+        if self.merged:
+            raise RuntimeError("reset_parameters: unmerge the adapter first")
         self.lora_A.weight.zero_()
         self.lora_B.weight.normal_()
 
