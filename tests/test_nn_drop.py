@@ -174,6 +174,13 @@ def test_every_kind(x):
         assert not torch.allclose(y[0] if isinstance(y, tuple) else y, expected, atol=1e-2), type(module)
 
 
+def test_a_dropped_fusion_has_no_weights(x):
+    model = nn.ModuleList([randomised(AdapterFusion(D, AdapterBank(2, D, 4)))])
+    with drop_adapters(model, 1):
+        y, weights = model[0](x, return_weights=True)
+    assert torch.equal(y, x) and torch.equal(weights, torch.zeros_like(model[0](x, return_weights=True)[1]))
+
+
 def test_layers_of_a_sequential_and_routed_banks(x):
     model = nn.Sequential(*[nn.Sequential(nn.Linear(D, D), randomised(AdapterBank(2, D, 4))) for _ in range(2)]).to(DEVICE)
     with route(model, IDS), drop_adapters(model, [1]):

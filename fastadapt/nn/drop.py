@@ -28,8 +28,11 @@ def _passed(adapter: nn.Module, x: Tensor, residual: Tensor | None = None, **opt
     return torch.zeros_like(x) if residual is None else residual
 
 
-def _passed_by_fusion(fusion: AdapterFusion, x: Tensor, residual: Tensor | None = None, **options) -> Tensor:
-    return _passed(fusion.adapters, x, residual)
+def _passed_by_fusion(
+    fusion: AdapterFusion, x: Tensor, residual: Tensor | None = None, hidden: Tensor | None = None, return_weights: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    y = _passed(fusion.adapters, x, residual)
+    return (y, x.new_zeros(*x.shape[:-1], fusion.adapters.g)) if return_weights else y
 
 
 def _passed_by_bank(bank: AdapterBank, x: Tensor, adapter_ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -133,9 +136,10 @@ class Dropped:
 def drop_adapters(model: nn.Module, layers: int | Iterable[int], *, random: bool = False) -> Dropped:
     """Let layers of a model run without their adapters, which then cost nothing. Source: Rückle et al. 2021 (AdapterDrop).
 
-    A dropped adapter passes on what it would have added to; LoRA and KronA run the frozen layer alone, and attention does
-    without its prefix. What :func:`attach` has put in is dropped as well as what was placed by
-    hand, prefixes of Hugging Face models too; a prompt, which is in no layer, is not. All parameters stay in ``state_dict``.
+    A dropped adapter passes on what it would have added to, and the weights that a fusion returns are zeros; LoRA and KronA run
+    the frozen layer alone, and attention does without its prefix. What :func:`attach` has put in is dropped as well as what was
+    placed by hand, prefixes of Hugging Face models too; a prompt, which is in no layer, is not. All parameters stay in
+    ``state_dict``.
 
     With ``random`` the model is trained to do without the lower layers' adapters, however many: each call of ``model`` in
     training drops those of the first ``n`` of ``layers``, where ``n`` from 0 to all is drawn from torch's default generator on
