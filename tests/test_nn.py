@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastadapt.nn import AdapterBank, BottleneckAdapter, ParallelAdapter
+from fastadapt.nn import AdapterBank, BottleneckAdapter, ParallelAdapter, Switched
 from fastadapt.ops.bottleneck import ACTIVATIONS
 
 from .accuracy import assert_within_reference_error
@@ -221,6 +221,7 @@ def test_parallel_adapter_with_a_bank_and_under_autocast():
     y = wrapped(x, adapter_ids=ids)
     torch.testing.assert_close(y, bank(x, ids, wrapped.layer(x)))
     torch.testing.assert_close(y[2], wrapped.layer(x)[2])
+    assert torch.equal(ParallelAdapter(wrapped.layer, Switched({"one": bank}, "one"))(x, adapter_ids=ids), y)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert ParallelAdapter(wrapped.layer, randomised(BottleneckAdapter(D, R)))(x).dtype == torch.bfloat16
 

@@ -209,8 +209,8 @@ class ParallelAdapter(nn.Module):
     def forward(self, *args, adapter_ids: Tensor | str | None = None, **kwargs):
         """Call the layer with these arguments, the first being ``x``.
 
-        ``adapter_ids`` go to an :class:`AdapterBank`. With ``"every"`` all its adapters stand beside the layer, which runs
-        once: in place of ``(..., d)`` comes ``(g, ..., d)``, for as many tasks at once.
+        ``adapter_ids`` go to an :class:`AdapterBank`, also in a :class:`Switched`. With ``"every"`` all adapters of the bank
+        stand beside the layer, which runs once: in place of ``(..., d)`` comes ``(g, ..., d)``, for as many tasks at once.
         """
         if isinstance(adapter_ids, str) and (adapter_ids != "every" or not hasattr(self.adapter, "every")):
             raise ValueError(f"adapter_ids must be a tensor, or 'every' with an AdapterBank, got {adapter_ids!r}")
@@ -224,8 +224,8 @@ class ParallelAdapter(nn.Module):
         if isinstance(adapter_ids, str):
             y = self.adapter.every(x.to(first.dtype), residual=first)
         else:
-            ids = () if adapter_ids is None else (adapter_ids,)
-            y = self.adapter(x.to(first.dtype), *ids, residual=first)
+            ids = {} if adapter_ids is None else {"adapter_ids": adapter_ids}
+            y = self.adapter(x.to(first.dtype), residual=first, **ids)
         if first is out:
             return y
         return type(out)._make((y, *out[1:])) if hasattr(out, "_make") else (y, *out[1:])

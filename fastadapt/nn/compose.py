@@ -135,10 +135,11 @@ class Switched(nn.Module):
             raise ValueError(f"name must be one of {self.names} or None, got {name!r}")
         self.active = name
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, weight: float | Tensor | None = None) -> Tensor:
-        """Adapt ``x`` ``(..., d)``; ``residual`` and ``weight`` go to the adapter in use."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, weight: float | Tensor | None = None, **options) -> Tensor:
+        """Adapt ``x`` ``(..., d)``; ``residual``, ``weight`` and ``options``, such as the ``adapter_ids`` of a bank, go to the
+        adapter in use."""
         if self.active is not None:
-            options = {} if weight is None else {"weight": weight}
+            options |= {} if weight is None else {"weight": weight}
             return self.adapters[self.active](x, residual=residual, **options)
         if residual is not None:
             return residual
