@@ -96,11 +96,12 @@ def from_adapters(module, shared_rule: Rule | None = None) -> BottleneckAdapter 
     """Build a :class:`fastadapt.nn.BottleneckAdapter` with the weights of a bottleneck adapter of ``adapters``, or for one of
     PHM layers a :class:`fastadapt.nn.CompacterAdapter`.
 
-    ``module(x, residual_input)[0]`` equals ``from_adapters(module)(x, residual_input)``. Where the library's own wiring passes
-    ``x`` itself as ``residual_input`` (DoubleSeqBnConfig, CompacterConfig, AdapterPlusConfig), the new adapter has
-    ``residual=True`` and needs no second argument. Otherwise it has ``residual=False``: SeqBnConfig and CompacterPlusPlusConfig
-    feed it the normalised sum and add the sublayer's output, ParBnConfig feeds it the sublayer's input and adds the sublayer's
-    output; pass that as ``residual``.
+    ``module(x, residual_input)[0]`` equals ``from_adapters(module)(x, residual_input)``, and of a ``ParallelAdapter``, which
+    leaves the sum to the library, ``from_adapters(module)(x)``. Where the library's own wiring passes ``x`` itself as
+    ``residual_input`` (DoubleSeqBnConfig, CompacterConfig, AdapterPlusConfig), the new adapter has ``residual=True`` and needs
+    no second argument. Otherwise it has ``residual=False``: SeqBnConfig and CompacterPlusPlusConfig feed it the normalised sum
+    and add the sublayer's output, ParBnConfig feeds it the sublayer's input and adds the sublayer's output; pass that as
+    ``residual``.
 
     Args:
         module: an ``adapters.methods.modeling.Adapter`` or ``ParallelAdapter``, as found in a model under

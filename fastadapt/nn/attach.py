@@ -291,8 +291,9 @@ def attach(model: nn.Module, method: str, *, targets: Targets | None = None, **o
 
     Methods compose: each call adds to what is there, on other modules than those that have an adapter. LoRA goes first where
     another adapter is to follow on the same linear layer, or beside the block that starts with it: LoRA and KronA refuse a
-    layer with hooks, which would not run any more. PyTorch's encoder layers leave their fused path of evaluation, and
-    their nested tensors, for good. Nothing is frozen but what LoRA and KronA contain, and with ``bitfit`` all but the biases:
+    layer with hooks, which would not run any more. PyTorch's encoder layers leave their fused path of evaluation, and their
+    nested tensors, for good. Attach before a model that ``torch.compile`` was given runs: its code would not see what comes
+    after or beside a module later. Nothing is frozen but what LoRA and KronA contain, and with ``bitfit`` all but the biases:
     see :func:`freeze_except`, whose kinds these methods make.
 
     Args:
