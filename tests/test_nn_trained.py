@@ -47,6 +47,27 @@ def test_biases_of_some_modules_and_with_other_kinds():
     }  # fmt: skip
 
 
+def test_what_is_trained_beside_the_adapters_is_named():
+    adapters, heads = nn.ModuleList(BottleneckAdapter(4, 2) for _ in range(2)), nn.ModuleDict({"a": nn.Linear(4, 2)})
+    model = nn.ModuleDict({"adapters": adapters, "heads": heads, "headstrong": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    own = {f"adapters.{i}.{part}.{name}" for i in range(2) for part in ("down", "up") for name in ("weight", "bias")}
+    for extra, expected in (
+        ("heads", {"heads.a.weight", "heads.a.bias"}),
+        (["heads.a.bias", "norm"], {"heads.a.bias", "norm.weight", "norm.bias"}),
+        ("head*.weight", {"heads.a.weight", "headstrong.weight"}),
+        ((), set()),
+    ):
+        trained = freeze_except(model, "bottleneck", extra=extra)
+        assert trained.keys() == own | expected == {name for name, p in model.named_parameters() if p.requires_grad}
+    for wrong in ("head", ["heads", "norm.scale"], "classifier.*"):
+        with pytest.raises(ValueError, match="extra must name parameters, buffers or submodules of the model, got '.*"):
+            freeze_except(model, "bottleneck", extra=wrong)
+        assert own == {name for name, p in model.named_parameters() if p.requires_grad}
+    model["tied"] = nn.Linear(4, 2)
+    model["tied"].weight = heads["a"].weight
+    assert own | {"heads.a.weight"} == freeze_except(model, "bottleneck", extra="tied.weight").keys()
+
+
 def test_biases_in_adapters_are_left_and_those_of_bases_trained():
     model = nn.Sequential(LoRALinear(nn.Linear(8, 8), 2, lora_bias=True), BottleneckAdapter(8, 2, norm="pre"))
     assert list(attach(model, "bitfit")) == ["0.base.bias"]

@@ -10,7 +10,7 @@ def train_biases(model: nn.Module, *, targets: Targets | None = None) -> dict[st
     """Freeze ``model`` but for its biases: those of linear layers, convolutions, recurrent layers, attention and norms.
 
     They are found by the types of modules; biases inside adapters aren't among them. With :func:`freeze_except`, the kind
-    ``"bitfit"`` joins others, such as the type of a classification head. Source: Ben Zaken et al. 2022.
+    ``"bitfit"`` joins others, and ``extra`` names a classification head. Source: Ben Zaken et al. 2022.
 
     Args:
         model: any module.

@@ -1,6 +1,7 @@
-"""What is trained: by the type of module that a parameter belongs to, never by its name."""
+"""What is trained: by the type of module that a parameter belongs to, and by its name only where the user gives that."""
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -68,7 +69,20 @@ def _parameters(model: nn.Module, kind: str | type) -> set[nn.Parameter]:
     return {p for module in found for p in module.parameters()} - {p for part in others for p in part.parameters()}
 
 
-def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) -> dict[str, nn.Parameter]:
+def named(extra: str | Iterable[str], known: Iterable[str]) -> set[str]:
+    """Those of the names ``known`` that ``extra`` means: alone, by a submodule, or by a pattern of ``fnmatch``."""
+    known, found = list(known), set()
+    for name in (extra,) if isinstance(extra, str) else extra:
+        meant = {key for key in known if key == name or key.startswith(f"{name}.") or fnmatchcase(key, name)}
+        if not meant:
+            raise ValueError(f"extra must name parameters, buffers or submodules of the model, got {name!r}")
+        found |= meant
+    return found
+
+
+def freeze_except(
+    model: nn.Module, kinds: str | type | Iterable[str | type], *, extra: str | Iterable[str] = ()
+) -> dict[str, nn.Parameter]:
     """Freeze ``model`` but for the adapters in it.
 
     Args:
@@ -77,12 +91,15 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
             types of modules, for example ``nn.LayerNorm``. What LoRA, KronA and side networks call ``base`` stays frozen,
             whatever its type, and so do the adapters that are fused, unless ``"bitfit"`` is among the kinds, which means all
             biases, see :func:`train_biases`.
+        extra: names of other parameters or submodules that stay trainable, for example ``"classifier"``, or patterns of
+            ``fnmatch`` for names of parameters.
 
     Returns:
         The parameters that stay trainable, by their names in ``model``: what an optimizer needs.
 
     Raises:
-        ValueError: there is no such kind, or ``model`` has no module of a kind.
+        ValueError: there is no such kind, ``model`` has no module of a kind, or a name of ``extra`` means nothing in it;
+            ``model`` is as it was.
     """
     kinds = (kinds,) if isinstance(kinds, str | type) else tuple(kinds)
     for kind in kinds:
@@ -98,6 +115,8 @@ def freeze_except(model: nn.Module, kinds: str | type | Iterable[str | type]) ->
         if not added:
             raise ValueError(f"model must have biases for the kind 'bitfit', got none in {type(model).__name__}")
         wanted |= added
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted |= {parameters[name] for name in named(extra, parameters)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in wanted)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

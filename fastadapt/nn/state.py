@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .freeze import _BESIDE_A_BASE, KINDS
+from .freeze import _BESIDE_A_BASE, KINDS, named
 from .lora import Merging
 from .prefix import PrefixAttention
 
@@ -61,18 +61,6 @@ class _Contents:
                 self._walk(child, prefix + key, inside and not frozen)
 
 
-def _named(model: nn.Module, extra: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters and buffers that ``extra`` names, alone or by a submodule."""
-    state = {key: t for key, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    found = {}
-    for name in extra:
-        named = {key: t for key, t in state.items() if key == name or key.startswith(f"{name}.")}
-        if not named:
-            raise ValueError(f"extra must name parameters, buffers or submodules of the model, got {name!r}")
-        found.update(named)
-    return found
-
-
 def _first_names(tensors: dict[str, Tensor]) -> dict[str, str]:
     """For each name the first one that the same tensor has: its own, unless modules share it."""
     first = {}
@@ -88,16 +76,17 @@ def save_adapters(model: nn.Module, path: str | os.PathLike, *, extra: str | Ite
     Args:
         model: a module that contains adapters. Merged ones have to be unmerged.
         path: of the file; its folder must exist.
-        extra: names of other parameters, buffers or submodules that were trained, for example ``"classifier"`` or the keys of
-            what :func:`freeze_except` returns.
+        extra: names of other parameters, buffers or submodules that were trained, or patterns, as in :func:`freeze_except`;
+            for example ``"classifier"`` or the keys of what that returns.
 
     Returns:
         The names of what was saved.
     """
     safetensors = _safetensors()
     contents = _Contents(model)
-    added = _named(model, (extra,) if isinstance(extra, str) else extra)
-    added = {name: t for name, t in added.items() if name not in contents.tensors}
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    meant = named(extra, state) - contents.tensors.keys()
+    added = {name: t for name, t in state.items() if name in meant}
     tensors = {**contents.tensors, **added}
     if not tensors:
         raise ValueError(f"model must have adapters, or extra names, got none in {type(model).__name__}")
