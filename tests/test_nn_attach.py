@@ -136,8 +136,9 @@ def test_places_kinds_and_start(method):
     options, kind, places = IN_PYTORCH[method]
     names = attach(model, method, **options)
     assert names == (["hyper"] if method == "hyper" else []) + [f"layers.{i}.{place}" for i in range(2) for place in places]
-    around = method in ("lora", "dora", "lora_bank", "kron", "prefix")
-    assert around or keys <= set(model.state_dict())
+    around = [f"{name}." for name in names] if method in ("lora", "dora", "lora_bank", "kron", "prefix") else []
+    moved = {next((key.replace(name, f"{name}base.") for name in around if key.startswith(name)), key) for key in keys}
+    assert moved <= set(model.state_dict()) and bool(around) == bool(moved - keys)
     y = run(model, x, ids_for(method))
     small = method in ("houlsby", "pfeiffer", "adapter_plus", "compacter", "compacter_plus_plus")
     torch.testing.assert_close(y, before, **({"rtol": 0.1, "atol": 0.1} if small else {"rtol": 1e-5, "atol": 1e-5}))

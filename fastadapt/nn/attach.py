@@ -287,7 +287,8 @@ def attach(model: nn.Module, method: str, *, targets: Targets | None = None, **o
 
     ``r`` is a sixteenth of the width if it isn't given, 8 for LoRA and as in the paper for Compacter; ``p`` is 16. An adapter
     after a module is its submodule ``attached``, and an attached model's own parameters keep their names, but for those of a
-    linear layer in LoRA or KronA, which are under ``base``. Weights of 16 bits get adapters in float32.
+    layer in LoRA or KronA, or of an ``nn.MultiheadAttention`` with a prefix, which are under ``base``. Weights of 16 bits get
+    adapters in float32.
 
     Methods compose: each call adds to what is there, on other modules than those that have an adapter. LoRA goes first where
     another adapter is to follow on the same linear layer, or beside the block that starts with it: LoRA and KronA refuse a
