@@ -1,5 +1,7 @@
 """Prefixes in models that count their positions in ways of their own, and in calls with positional arguments."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -75,6 +77,8 @@ def test_positions_of_images_stay(name):
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(16, 96, device=DEVICE),
         "image_grid_thw": torch.tensor([[1, 4, 4]], device=DEVICE),
     }  # fmt: skip
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = ids.eq(image).int()
     layers, results = [layer.self_attn for layer in model.model.language_model.layers], []
     with pytest.raises(ValueError, match=f"shift_positions must be False for {name}ForConditionalGeneration"):
         add_prefix(model, P, layers=layers, shift_positions=True)
