@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from types import MethodType
 
 import pytest
 import torch
@@ -216,6 +217,23 @@ def test_twice_has_no_effect_and_restore_undoes_it(calls, make):
     fastadapt.restore(model)
     assert torch.equal(model(**inputs).logits, expected) and len(calls) == 2
     assert state(model) == before
+
+
+@over_models
+def test_behind_a_wrapper_of_its_forward(calls, make):
+    """As ``prepare`` of the library accelerate leaves one for mixed precision, which a ``Trainer`` calls."""
+    model = build(make)
+    inputs = batch(model, "left")
+    expected = model(**inputs).logits
+    first = fastadapt.accelerate(model)
+    model.forward = MethodType(torch.autocast(DEVICE, enabled=False)(type(model).forward), model)
+    assert fastadapt.accelerate(model) == first
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    assert len(calls) == 2
+    fastadapt.restore(model)
+    assert torch.equal(model(**inputs).logits, expected) and len(calls) == 2
+    with pytest.raises(ValueError, match="its forward has been replaced"):
+        fastadapt.accelerate(model)
 
 
 def test_what_is_not_covered_is_left_and_named():

@@ -100,6 +100,8 @@ class _Prefixed:
     _fastadapt_served = frozenset()
 
     def forward(self, *args, **kwargs):
+        if not isinstance(self, _Prefixed):  # restored behind a wrapper that keeps this function, as that of mixed precision
+            return type(self).forward(self, *args, **kwargs)
         forward = super().forward
         given = by_name(forward, args, kwargs)
         with prefixes.turn(backbone(self)):
@@ -184,7 +186,7 @@ def _examined(model: peft.PeftModel, name: str) -> tuple[str, str]:
         return "left", f"no kernel for {type(encoder).__name__}"
     if _THEIRS.get(kind, kind) not in _OURS:
         return "left", f"no kernel for the prefixes of a {kind.__name__}"
-    if prefixes.replaced(model) or prefixes.replaced(model, "get_prompt"):
+    if kind in _OURS and (prefixes.replaced(model) or prefixes.replaced(model, "get_prompt")):
         return "left", "its forward has been replaced"
     reason = prefixes.refusal(backbone(model), config.num_layers)
     return ("left", reason) if reason else ("accelerated", "")
