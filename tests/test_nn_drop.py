@@ -1,10 +1,12 @@
 """AdapterDrop: dropped layers are the frozen ones, at no call of a kernel, and all of it can be undone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from fastadapt.nn import (
     AdapterBank,
@@ -187,9 +189,10 @@ def test_layers_of_a_sequential_and_routed_banks(x):
         assert torch.equal(model(x), model[1][0](model[0](x)))
 
 
-def test_copies(model, x):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_copies(model, x, copied):
     with drop_adapters(model, 2):
-        twin, y = copy.deepcopy(model), model(x)
+        twin, y = copied(model), model(x)
     assert torch.equal(twin(x), y) and not torch.equal(model(x), y)
     with torch.no_grad():
         twin.layers[3].after[1].up.weight.zero_()
@@ -200,11 +203,13 @@ def test_compiled_code_sees_it(x):
     model = nn.Sequential(nn.Linear(D, D), BottleneckAdapter(D, 4)).to(DEVICE)
     nn.init.normal_(model[1].up.weight)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), model(x))
-    with drop_adapters(model, [1]):
-        assert torch.equal(compiled(x), model[0](x))
-    assert torch.equal(compiled(x), model(x))
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(compiled(x), model(x))
+        with drop_adapters(model, [1]):
+            assert torch.equal(compiled(x), model[0](x))
+    assert torch.equal(compiled(x), model(x)) and counter.frame_count == 2
 
 
 def test_bad_input(model, x):

@@ -1,7 +1,6 @@
 """AdapterDrop: layers of a model that run without their adapters."""
 
 from collections.abc import Callable, Iterable
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +65,17 @@ def _instead(module: nn.Module) -> Callable | None:
     return next((forward for kind, forward in _INSTEAD.items() if isinstance(module, kind)), None)
 
 
+class _Replaced:
+    """An adapter with what runs in place of its ``forward``. Its own method: a pickle would look for ``MethodType`` of another
+    function in the adapter's class, and compiled code isn't used again for a new object that is called."""
+
+    def __init__(self, adapter: nn.Module, instead: Callable):
+        self.adapter, self.instead = adapter, instead
+
+    def forward(self, *args, **kwargs):
+        return self.instead(self.adapter, *args, **kwargs)
+
+
 def _drop(adapter: nn.Module) -> None:
     """As often as it is called; a ``forward`` of the module's own comes before that of its class."""
     if not getattr(adapter, "_drops", 0):
@@ -73,7 +83,7 @@ def _drop(adapter: nn.Module) -> None:
         if forward is None:
             adapter.fastadapt_dropped = True
         else:
-            adapter.forward = MethodType(forward, adapter)
+            adapter.forward = _Replaced(adapter, forward).forward
     adapter._drops = getattr(adapter, "_drops", 0) + 1
 
 
@@ -139,7 +149,7 @@ def drop_adapters(model: nn.Module, layers: int | Iterable[int], *, random: bool
     A dropped adapter passes on what it would have added to, and the weights that a fusion returns are zeros; LoRA and KronA run
     the frozen layer alone, and attention does without its prefix. What :func:`attach` has put in is dropped as well as what was
     placed by hand, prefixes of Hugging Face models too; a prompt, which is in no layer, is not. All parameters stay in
-    ``state_dict``.
+    ``state_dict``. A copy or a pickle of the model that is made meanwhile stays without those adapters.
 
     With ``random`` the model is trained to do without the lower layers' adapters, however many: each call of ``model`` in
     training drops those of the first ``n`` of ``layers``, where ``n`` from 0 to all is drawn from torch's default generator on
