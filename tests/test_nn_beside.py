@@ -76,6 +76,21 @@ def test_layers_with_hooks_are_refused(kind):
         assert all(p.requires_grad for p in base.parameters())
 
 
+@pytest.mark.parametrize("kind", [*AROUND, *OF_ATTENTION])
+def test_layers_with_a_forward_of_their_own_are_refused(kind):
+    """But for the class's, which hooks leave behind, and the one that moves inputs to the layer's device."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    around = {**AROUND, **OF_ATTENTION}[kind]
+    base = nn.MultiheadAttention(D, 2, device=DEVICE) if kind in OF_ATTENTION else nn.Linear(D, D, device=DEVICE)
+    bound, base.forward = base.forward, lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match=f"base must have the forward of its class, got a {type(base).__name__} with one that"):
+        around(base)
+    assert all(p.requires_grad for p in base.parameters())
+    base.forward = bound
+    around(base)
+    around(hooks.add_hook_to_module(base, hooks.AlignDevicesHook(execution_device=DEVICE)))
+
+
 @over_kinds
 def test_a_weight_that_is_assigned_is_that_of_the_base(around):
     layer, x = around(nn.Linear(D, D, device=DEVICE)), torch.randn(3, D, device=DEVICE)

@@ -79,7 +79,11 @@ def leave_fast_path(inside: nn.Module) -> None:
 
 
 def check_no_hooks(base: nn.Module) -> None:
-    """Refuse a layer with hooks, such as that of an adapter after it: what stands in its place doesn't call it."""
+    """Refuse a layer with hooks, such as that of an adapter after it, or a ``forward`` of its own, but for the one with which
+    the library accelerate moves inputs to its device: what stands in its place doesn't call it."""
+    own = None if "_hf_hook" in vars(base) else vars(base).get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(base).forward:
+        raise ValueError(f"base must have the forward of its class, got a {type(base).__name__} with one that would be lost")
     hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
     if any(hook is not _nothing for kind in hooks for hook in kind.values()):
         raise ValueError(f"base must have no hooks, which would not run any more, got a {type(base).__name__} with hooks")
@@ -212,7 +216,8 @@ class LoRALinear(_Pair):
 
     Args:
         base: ``nn.Linear``, the ``Conv1D`` of ``transformers``, or a linear layer with a quantised weight as in
-            :func:`fastadapt.lora_linear`, without hooks, since it isn't called. It is frozen and kept, not copied.
+            :func:`fastadapt.lora_linear`; without hooks and a ``forward`` of its own, since it isn't called. It is frozen and
+            kept, not copied.
         r: rank.
         alpha: scale times ``r``.
         dropout: probability that an element of the input of ``lora_A`` is dropped in training.
