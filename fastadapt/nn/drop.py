@@ -155,7 +155,9 @@ def drop_adapters(model: nn.Module, layers: int | Iterable[int], *, random: bool
     training drops those of the first ``n`` of ``layers``, where ``n`` from 0 to all is drawn from torch's default generator on
     the CPU, and each call in evaluation none. What was drawn stays till the next call, so that a backward pass with activation
     checkpointing sees it too. Parameters of dropped adapters get no gradient in that step, which ``DistributedDataParallel``
-    has to be told (``find_unused_parameters=True``). Compiled code is compiled once for each number.
+    has to be told (``find_unused_parameters=True``). Where nothing else is trained, such as a head, ``layers`` must leave one
+    with adapters out: without any the loss has no gradient, and ``backward`` raises. Compiled code is compiled once for each
+    number.
 
     Args:
         model: a model with adapters in the elements of an ``nn.ModuleList`` or, if in none, of an ``nn.Sequential``; where
