@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from fastadapt import prefix_attention
 from fastadapt.ops.dropout import draw_seed, kept, kept_scale, threshold
 
 M, K = 1024, 768
@@ -70,3 +71,10 @@ def test_torch_manual_seed_fixes_the_seed():
     first, second = draw_seed(torch.device("cpu")), draw_seed(torch.device("cpu"))
     torch.manual_seed(5)
     assert draw_seed(torch.device("cpu")) == first != second
+
+
+def test_what_stays_grows_by_a_number_of_float64():
+    """The weight of a query's one key is 1, so that its output is 0 or what the weight has grown to."""
+    q, k = torch.zeros(1, 1, 40, 8, dtype=torch.float64), torch.ones(1, 1, 1, 8, dtype=torch.float64)
+    y = prefix_attention(q, k, k, k[0, :, :0], k[0, :, :0], dropout_p=0.1, dropout_seed=SEED, backend="reference")
+    assert set(y.unique().tolist()) == {0.0, kept_scale(0.1)}

@@ -48,8 +48,8 @@ def prefix_attention_reference(
     if dropout_p:
         first = own_column(p)
         stays = dropout.kept(dropout_seed, b * h * t, first + t_k, dropout_p).view(b, h, t, first + t_k)
-        stays = stays * dropout.kept_scale(dropout_p)
-        weights, prefix_weights = weights * stays[..., first:].to(q.dtype), prefix_weights * stays[..., :p].to(q.dtype)
+        stays = stays.to(q.dtype) * dropout.kept_scale(dropout_p)
+        weights, prefix_weights = weights * stays[..., first:], prefix_weights * stays[..., :p]
     prefix = prefix_weights @ of_query(prefix_v)
     return weights @ of_query(v) + (prefix if gate is None else gate.to(q.dtype)[:, None, None] * prefix)
 
