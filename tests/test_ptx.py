@@ -250,6 +250,11 @@ def test_runs_what_it_should():
     clamped = "add.s32 %r6, %r1, -40; {}.relu.s32 %r7, %r6, 3; st.global.b32 [%rd3], %r7;"
     assert execute(clamped.format("min"))[:64].tolist() == [min(max(i - 40, 0), 3) for i in range(64)]
     assert execute(clamped.format("max"))[:64].tolist() == [max(i - 40, 3) for i in range(64)]
+    words = "shl.b32 %r6, %r1, 16; or.b32 %r6, %r6, 32704; mov.b32 %r7, 2654144;"  # NaN in the lower halves, 40 in an upper one
+    chosen = "selp.b32 %r6, 1, 0, %p1; selp.b32 %r7, 2, 0, %p2; or.b32 %r6, %r6, %r7; st.global.b32 [%rd3], %r6;"
+    for kind in ("f16x2", "bf16x2"):
+        compared = [execute(f"{words} setp.{name}.{kind} %p1|%p2, %r6, %r7; {chosen}")[:64].tolist() for name in ("neu", "lt")]
+        assert compared == [[1 + 2 * (i != 40) for i in range(64)], [2 * (i < 40) for i in range(64)]]
     copied = f"{COPY} cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd3], %r6;"
     assert not execute(copied).any()
 

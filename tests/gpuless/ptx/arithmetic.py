@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .parser import Immediate
+from .parser import Immediate, Pair, Refused
 from .values import (
     INTEGERS,
     TYPES,
@@ -318,8 +318,8 @@ ORDERED = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greate
 @instruction("setp")
 def decode_compare(ins):
     m = Modifiers(ins)
-    kind = m.kind("f32", "f16", "bf16", *INTEGERS, "b16", "b32", "b64")
-    floating = kind in ("f32", "f16", "bf16")
+    kind = m.kind("f32", *HALVES, *INTEGERS, "b16", "b32", "b64")
+    floating = kind in ("f32", *HALVES)
     if floating:
         name = m.one_of(*ORDERED, *(f"{n}u" for n in ORDERED), "nan", "num")
     else:
@@ -334,9 +334,28 @@ def decode_compare(ins):
         function = lambda a, b: (a != b) & ~unordered(a, b)  # noqa: E731
     else:
         function = ORDERED[name]
+    if kind.endswith("x2"):
+        return compare_both(ins, kind, function)
     if kind == "bf16":
         return compute(ins, kind, lambda a, b: function(bf16_to_float(a), bf16_to_float(b)), 3, "pred")
     return compute(ins, kind, function, 3, "pred")
+
+
+def compare_both(ins, kind, function):
+    """p|q: of the lower halves, and of the upper ones."""
+    target, *words = operands(ins, 3)
+    if not isinstance(target, Pair):
+        raise Refused(f"one predicate for two: {ins.text}")
+    writes, words = [writer(p, "pred", ins) for p in target], [reader(word, kind, ins) for word in words]
+    widen = bf16_to_float if kind == "bf16x2" else lambda h: h.view(np.float16)
+
+    def step(state, mask):
+        values = [word(state) for word in words]
+        for write, shift in zip(writes, (0, 16)):
+            halves = (widen((v >> np.uint32(shift)).astype(np.uint16)) for v in values)
+            write(state, function(*halves), mask)
+
+    return step
 
 
 @instruction("selp")
