@@ -131,9 +131,11 @@ def hide(scores, keys, limits, mask_ptr, mask_offsets, mask_stride):
             seen = seen & (tl.load(mask_ptrs, mask=seen, other=0) != 0)
         else:
             bias = tl.load(mask_ptrs, mask=seen, other=0.0).to(tl.float32)
-            seen = seen & (bias != float("-inf"))
-            bias *= LOG2E
-            scores += tl.where(bias < LOWEST, LOWEST, bias)  # a finite mask hides nothing
+            added = bias * LOG2E
+            added = tl.where(added < LOWEST, LOWEST, added)  # a finite mask hides nothing
+            scores = tl.where(bias < LOWEST, float("-inf"), scores + added)
+            # `bias != -inf` alone says the same, and takes registers that some chips don't have.
+            seen = seen & ((scores != float("-inf")) | (bias >= LOWEST))
     return tl.where(seen, scores, float("-inf")), seen
 
 
