@@ -271,6 +271,17 @@ def test_missing_backend_is_refused(spec):
             spec.op(**x, backend=backend)
 
 
+@over("everything", "bank-of-sequences", "dropout", dtypes=(torch.float32,))
+def test_freed_memory_is_refused(spec, backend, case, dtype):
+    """Sharded training frees the memory of tensors that live on."""
+    for i, tensor in enumerate(spec.leaf_args(case.make(dtype, DEVICE))):
+        if backend == "native" and isinstance(tensor, torch.Tensor):
+            args = [t.clone() if isinstance(t, torch.Tensor) else t for t in spec.leaf_args(case.make(dtype, DEVICE))]
+            args[i].untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match=rf"\w+ has {tensor.numel()} elements, but its memory has been freed"):
+                spec.fwd.native(*args)
+
+
 @over("small", dtypes=(torch.float32,))
 def test_explain_names_what_runs(spec, backend, case, dtype):
     args = spec.leaf_args(case.make(dtype, DEVICE))

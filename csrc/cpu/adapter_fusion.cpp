@@ -102,7 +102,7 @@ Gradients adapter_fusion_bwd_cpu(const Tensor& grad_y, const Tensor& weights, co
                weights.scalar_type() == (p.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
            "adapter_fusion: weights must be what forward returned, got ", toString(weights.scalar_type()), " ",
            shape_of(weights.sizes()));
-  p.weights = const_cast<void*>(weights.const_data_ptr());
+  p.weights = const_cast<void*>(elements("adapter_fusion", "weights", weights));
   const Optional inputs[gradients] = {query, keys, values, scale};
   const auto grads = gradients_of("adapter_fusion", query, inputs, output_mask, false, p.wants, p.grads);
   const Kernel k = kernel(p.dtype);

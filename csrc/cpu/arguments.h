@@ -101,7 +101,7 @@ class Reader {
     FA_CHECK(fits && sizes[last] == width && t.scalar_type() == dtype && t.is_cpu(), op, ": ", name,
              " must have the dtype and the leading dims of x, ", toString(dtype), " ", shape_of(like), ", and ", width,
              " columns, got ", toString(t.scalar_type()), " ", shape_of(sizes));
-    Rows out{t.const_data_ptr(), 0, width > 1 ? strides[last] : 1};
+    Rows out{elements(op, name, t), 0, width > 1 ? strides[last] : 1};
     int64_t span = -1;  // the stride with which the next dim outwards would merge
     bool merged = true;
     for (int64_t i = last - 1; i >= first; --i) {
@@ -123,14 +123,14 @@ class Reader {
   Parameter parameter(const char* name, const Optional& t, int64_t size, bool banked) const {
     if (!t) return {};
     check(name, *t, banked, {size});
-    return {t->const_data_ptr(), t->scalar_type() == dtype, banked && bank ? t->stride(0) : 0, t->stride(banked && bank)};
+    return {elements(op, name, *t), t->scalar_type() == dtype, banked && bank ? t->stride(0) : 0, t->stride(banked && bank)};
   }
 
   // (size,), or one number for all.
   Parameter broadcast_parameter(const char* name, const Optional& t, int64_t size) const {
     if (!t || t->dim()) return parameter(name, t, size, false);
     check(name, *t, false, {});
-    return {t->const_data_ptr(), t->scalar_type() == dtype, 0, 0};
+    return {elements(op, name, *t), t->scalar_type() == dtype, 0, 0};
   }
 
   // (rows, columns), or (g, rows, columns) where `banked` and the call has a bank.
@@ -138,14 +138,14 @@ class Reader {
     check(name, t, banked, {rows, columns});
     const auto strides = t.strides();
     const int64_t first = banked && bank;
-    return {t.const_data_ptr(), first ? strides[0] : 0, strides[first], strides[first + 1]};
+    return {elements(op, name, t), first ? strides[0] : 0, strides[first], strides[first + 1]};
   }
 
   // (terms, rows, columns), or (g, terms, rows, columns) where the call has a bank.
   Factor factor(const char* name, const Tensor& t, int64_t terms, int64_t rows, int64_t columns) const {
     check(name, t, true, {terms, rows, columns});
     const auto strides = t.strides();
-    return {t.const_data_ptr(), bank ? strides[0] : 0, strides[bank], strides[bank + 1], strides[bank + 2]};
+    return {elements(op, name, t), bank ? strides[0] : 0, strides[bank], strides[bank + 1], strides[bank + 2]};
   }
 
   // The adapter of every row, from one id a sequence or one a token.
@@ -186,7 +186,7 @@ class Reader {
   std::vector<int64_t> row_ids(const Tensor& ids) const {
     std::vector<int64_t> out;
     out.reserve(m);
-    const I* data = static_cast<const I*>(ids.const_data_ptr());
+    const I* data = static_cast<const I*>(elements(op, "adapter_ids", ids));
     const int64_t count = ids.numel(), repeat = count ? m / count : 0;
     for (int64_t offset : index_offsets(ids, ids.dim())) {
       const int64_t id = static_cast<int64_t>(data[offset]);

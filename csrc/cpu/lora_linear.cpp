@@ -83,7 +83,7 @@ Call read(const Arguments& a, Reader& reader) {
   if (p.dropped) {
     FA_CHECK(a.seed && a.seed->is_cpu() && a.seed->dim() == 0 && a.seed->scalar_type() == ScalarType::Long,
              "lora_linear: seed must be a 0-d int64 tensor on the CPU where dropout_p is above 0");
-    p.seed = *static_cast<const uint64_t*>(a.seed->const_data_ptr());
+    p.seed = *static_cast<const uint64_t*>(elements("lora_linear", "seed", *a.seed));
   }
   std::vector<int64_t> adapters;
   if (reader.bank) adapters = reader.adapters(*a.adapter_ids);
@@ -194,7 +194,7 @@ Gradients lora_linear_bwd_cpu(const Tensor& grad_y, const Tensor& x, const Tenso
   FA_CHECK(u.is_cpu() && u.dim() == 2 && u.size(0) == p.m && u.size(1) == p.r && u.is_contiguous() &&
                u.scalar_type() == (p.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float),
            "lora_linear: u must be what forward returned");
-  p.u = const_cast<void*>(u.const_data_ptr());
+  p.u = const_cast<void*>(elements("lora_linear", "u", u));
   FA_CHECK(output_mask.size() == gradients, "lora_linear: output_mask must have 7 entries, got ", output_mask.size());
   if (output_mask[grad_gain]) {
     FA_CHECK(z, "lora_linear: z is needed for the gradient of gain");

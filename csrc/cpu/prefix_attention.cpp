@@ -65,7 +65,7 @@ Heads heads(const char* name, const Tensor& t, std::initializer_list<int64_t> sh
   FA_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like q");
   FA_CHECK(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), op, ": ", name, " must be ",
            shape_of(shape), ", got ", shape_of(sizes));
-  Heads out{t.const_data_ptr(), {}};
+  Heads out{elements(op, name, t), {}};
   for (size_t i = 0; i < shape.size(); ++i) out.stride[4 - shape.size() + i] = t.stride(i);
   return out;
 }
@@ -165,7 +165,7 @@ struct Call {
     if (p.dropped) {
       FA_CHECK(a.seed && a.seed->is_cpu() && a.seed->dim() == 0 && a.seed->scalar_type() == ScalarType::Long, op,
                ": seed must be a 0-d int64 tensor on the CPU where dropout_p is above 0");
-      p.seed = *static_cast<const uint64_t*>(a.seed->const_data_ptr());
+      p.seed = *static_cast<const uint64_t*>(elements(op, "seed", *a.seed));
     }
   }
 
@@ -265,7 +265,7 @@ Gradients prefix_attention_bwd_cpu(const Tensor& grad_y, const Tensor& y, const 
   heads("lse", lse, {gate ? 2 : 1, p.b, p.h, p.t});
   same_dtype("lse", lse, p.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float);
   FA_CHECK(lse.is_contiguous(), op, ": lse must be what forward returned");
-  p.saved_lse = lse.const_data_ptr();
+  p.saved_lse = elements(op, "lse", lse);
   FA_CHECK(output_mask.size() == gradients, op, ": output_mask must have 6 entries, got ", output_mask.size());
   const Optional inputs[gradients] = {q, k, v, prefix_k, prefix_v, gate};
   std::array<Tensor, gradients> grads;

@@ -20,7 +20,8 @@ struct Checker {
   const char* x_name = "x";
 
   Array array(const Tensor& t, const char* name) const {
-    return Array{t.data_ptr(), kind(t.scalar_type(), name), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
+    void* data = const_cast<void*>(elements(op, name, t));  // arguments are only read, and what is written is new
+    return Array{data, kind(t.scalar_type(), name), static_cast<int>(t.dim()), t.sizes().data(), t.strides().data()};
   }
   Kind kind(ScalarType type, const char* name) const {
     switch (type) {
@@ -88,7 +89,7 @@ struct Checker {
     if (!t) return nullptr;
     device(*t, "seed");
     FA_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == 1, op, ": seed must be one int64");
-    return static_cast<const int64_t*>(t->data_ptr());
+    return static_cast<const int64_t*>(elements(op, "seed", *t));
   }
   // Fresh gradients like the inputs where they are wanted, of shape (0,) elsewhere; `arrays` gets those that have elements.
   template <size_t N>

@@ -55,7 +55,8 @@ PrefixArguments check(const PrefixCall& c) {
     if (mask.scalar_type() == ScalarType::Bool) {
       checker.device(mask, "attn_mask");
       checker.shape(mask, "attn_mask", {b, h, t, t_k});
-      a.mask = Array{mask.data_ptr(), Kind::uint8, 4, mask.sizes().data(), mask.strides().data()};
+      void* data = const_cast<void*>(elements(kOp, "attn_mask", mask));
+      a.mask = Array{data, Kind::uint8, 4, mask.sizes().data(), mask.strides().data()};
     } else {
       a.mask = checker.parameter(mask, "attn_mask", {b, h, t, t_k});
     }

@@ -261,6 +261,10 @@ AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle, int64_t* out) {
   *out = 0;
   return 0;
 }
+AOTITorchError aoti_torch_get_storage_size(AtenTensorHandle t, int64_t* out) {
+  *out = span(*t);
+  return 0;
+}
 AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle t, int64_t dims, const int64_t* sizes, const int64_t* strides,
     int64_t offset, AtenTensorHandle* out) {
   char* data = static_cast<char*>(t->data) + offset * item_size(t->dtype);
