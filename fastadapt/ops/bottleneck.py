@@ -44,7 +44,7 @@ def bottleneck_reference(
         y = adapter(x, down_weight, up_weight, down_bias, up_bias)
         return y if residual is None else residual + y
     ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.dim() - 1 - adapter_ids.dim())).expand(x.shape[:-1]).reshape(-1)
-    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    shape, x = x.shape, x.reshape(ids.shape[0], x.shape[-1])  # which may have no columns
     y = torch.zeros_like(x) if residual is None else residual.reshape(x.shape)
     for i in range(len(down_weight)):
         rows = (ids == i).nonzero(as_tuple=True)
@@ -151,7 +151,7 @@ def _arguments(
     skip_weight, hidden_skip_weight, adapter_ids,
 ):  # fmt: skip
     """The arguments of the forward leaf: codes for names, one tensor or one number for the scale."""
-    if activation not in _CODES:
+    if not isinstance(activation, str) or activation not in _CODES:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     add_x = residual is x
     scale, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)

@@ -50,7 +50,7 @@ def compacter_reference(
         y = adapter(x, down, up, down_bias, up_bias)
         return y if residual is None else residual + y
     ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.dim() - 1 - adapter_ids.dim())).expand(x.shape[:-1]).reshape(-1)
-    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    shape, x = x.shape, x.reshape(ids.shape[0], x.shape[-1])  # which may have no columns
     y = torch.zeros_like(x) if residual is None else residual.reshape(x.shape)
     for i in range(len(down[0])):
         rows = (ids == i).nonzero(as_tuple=True)
@@ -143,7 +143,7 @@ class Compacter(torch.autograd.Function):
 
 def _arguments(x, down, up, down_bias, up_bias, residual, scale, activation, adapter_ids):
     """The arguments of the forward leaf: codes for names, one tensor or one number for the scale."""
-    if activation not in _CODES:
+    if not isinstance(activation, str) or activation not in _CODES:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     for name, factors in (("down", down), ("up", up)):
         if not isinstance(factors, (tuple, list)) or len(factors) != 3:

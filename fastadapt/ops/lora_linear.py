@@ -88,7 +88,8 @@ def lora_linear_reference(
         y = y + branch(dropped, *bank)
     else:
         ids = adapter_ids.reshape(adapter_ids.shape + (1,) * (x.dim() - 1 - adapter_ids.dim())).expand(x.shape[:-1])
-        ids, shape, y, dropped = ids.reshape(-1), y.shape, y.reshape(-1, len(weight)), dropped.reshape(-1, x.shape[-1])
+        ids, shape = ids.reshape(-1), y.shape
+        y, dropped = y.reshape(ids.shape[0], len(weight)), dropped.reshape(ids.shape[0], x.shape[-1])
         for i in range(len(lora_a)):
             rows = (ids == i).nonzero(as_tuple=True)
             mine = (t[i] if isinstance(t, Tensor) and t.dim() else t for t in bank)
