@@ -32,10 +32,9 @@ P, B, T, VOCABULARY, PAD = 3, 3, 6, 40, 0
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 11, 12, 13, 14], [0, 0, 0, 0, 15, 16]])
 LEFT, RIGHT = IDS.ne(PAD).long(), IDS.flip(1).ne(PAD).long()
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY, "pad_token_id": PAD}
-NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(intermediate_size=48, num_key_value_heads=2, head_dim=16, **SIZES),
-    "gpt2": lambda: transformers.GPT2Config(n_positions=32, **SIZES, **NO_DROPOUT),
+    "gpt2": lambda: transformers.GPT2Config(n_positions=32, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **SIZES),
     "mistral": lambda: transformers.MistralConfig(intermediate_size=48, num_key_value_heads=1, sliding_window=3, **SIZES),
 }
 over_decoders = pytest.mark.parametrize("name", CONFIGS)
