@@ -174,6 +174,29 @@ def shifted_positions(model: nn.Module, p: int, given: dict) -> dict:
     return given | {"position_ids": positions + p}
 
 
+def _parts(model) -> dict:
+    """The configurations of the parts that a model is made of."""
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _shifts(model, layers, wanted: bool | None, gated: bool) -> bool:
+    """Whether positions are shifted: as ``wanted``; if that is None, where the model takes them, unless the prefixes are
+    ``gated`` or ``layers`` are those of images."""
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    # RoBERTa and its like count from padding_idx + 1, and only tokens that aren't padding.
+    # Models of images and text have three positions a token, which they count themselves.
+    own = ("create_position_ids_from_inputs_embeds", "get_rope_index")
+    takes &= not any(hasattr(module, name) for module in model.modules() for name in own)
+    if wanted and not takes:
+        raise ValueError(f"shift_positions must be False for {type(model).__name__}, which doesn't take positions from 0 on")
+    if wanted is not None:
+        return wanted
+    aside = [part for part in _parts(model).values() if part is not model.config.get_text_config()]
+    of_tokens = any(all(getattr(layer, "config", None) is not part for part in aside) for layer in layers)
+    return takes and of_tokens and not gated
+
+
 def add_prefix(
     model: nn.Module, p: int, *, layers: list[nn.Module] | None = None, shift_positions: bool | None = None,
     backend: str | None = None, **options,
@@ -226,24 +249,13 @@ def add_prefix(
     (h, h_kv, e), *others = sizes = sorted({_heads(layer, model.config) for layer in layers})
     if others:
         raise ValueError(f"layers must have heads of one number and size, got {len(sizes)} kinds (h, h_kv, e): {sizes}")
-    shiftable = "position_ids" in inspect.signature(model.forward).parameters
-    # RoBERTa and its like count from padding_idx + 1, and only tokens that aren't padding.
-    # Models of images and text have three positions a token, which they count themselves.
-    own = ("create_position_ids_from_inputs_embeds", "get_rope_index")
-    shiftable &= not any(hasattr(module, name) for module in model.modules() for name in own)
-    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
-    if shift_positions is None:
-        aside = [part for part in parts.values() if part is not model.config.get_text_config()]
-        of_tokens = any(all(getattr(layer, "config", None) is not part for part in aside) for layer in layers)
-        shift_positions = shiftable and of_tokens and options.get("gate") is None
-    if shift_positions and not shiftable:
-        raise ValueError(f"shift_positions must be False for {type(model).__name__}, which doesn't take positions from 0 on")
+    shift_positions = _shifts(model, layers, shift_positions, options.get("gate") is not None)
     dtype = model.dtype if model.dtype == torch.float64 else torch.float32
     encoder = PrefixEncoder(h_kv, p, e, len(layers), h=h, **{"device": model.device, "dtype": dtype, **options})
     encoder.attentions = tuple(layers)  # in a tuple they aren't submodules of it
     places = {id(layer): i for i, layer in enumerate(found)}
     encoder.placed = {"layers": [places[id(layer)] for layer in layers], "shift_positions": shift_positions}
-    before = {name: part._attn_implementation for name, part in ({"": model.config} | parts).items() if part is not None}
+    before = {name: part._attn_implementation for name, part in ({"": model.config} | _parts(model)).items()}
     hook = _Hook(layers, p if shift_positions else 0, backend, before)
     model.set_attn_implementation(NAME)
     model.prefix_encoder = encoder.train(model.training)
