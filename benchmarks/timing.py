@@ -91,6 +91,11 @@ class GraphTimer(LaunchTimer):
         with torch.cuda.stream(stream):
             for _ in range(3):  # lazy set-up may allocate or synchronise, which a capture forbids
                 call()
+            try:  # a call that waits for the device is refused here: a capture that fails leaves torch's generator unusable
+                torch.cuda.set_sync_debug_mode("error")
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

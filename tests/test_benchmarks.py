@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.agreement import Judge, disagreement
 from benchmarks.contestants import Contestant, backends, differentiated, enter, quiet
 from benchmarks.memory import saved_extra
 from benchmarks.peers import lora_by_hand
+from benchmarks.timing import GraphTimer
 
 from .specs import SPECS, bottleneck, compacter, kron_linear, lora_linear, prefix_attention
 
@@ -189,6 +191,23 @@ def test_dropped_adapters(monkeypatch, capsys):
         monkeypatch.setattr(tasks, name, value)
     drop.main(["--seconds", "0", "--threads", str(torch.get_num_threads())])
     assert len(re.findall(r"-?\d %$|-?\d%$", capsys.readouterr().out, re.MULTILINE)) == len(drop.METHODS)
+
+
+def test_a_call_that_waits_for_the_device_is_refused_before_a_capture(monkeypatch):
+    cuda, modes = mock.MagicMock(), ["default"]
+    cuda.set_sync_debug_mode = modes.append
+    monkeypatch.setattr(torch, "cuda", cuda)
+    timer = object.__new__(GraphTimer)
+
+    def waits():
+        if modes[-1] == "error":  # as torch does
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        timer.prepare(waits)
+    assert modes[-1] == "default" and not cuda.graph.called
+    timer.prepare(lambda: None)()
+    assert modes[-1] == "default" and cuda.graph.called and cuda.CUDAGraph().replay.called
 
 
 def test_saved_memory_counts_each_once_and_not_what_is_held():
