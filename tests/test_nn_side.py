@@ -304,7 +304,7 @@ def test_a_file_holds_the_side_network_alone(tmp_path):
     model = nn.Sequential(randomised(LadderSideNetwork(Trunk(), D, reduction=4)))
     names = save_adapters(model, tmp_path / "a")
     assert sorted(names) == sorted(freeze_except(model, "side")) and not any("base" in name for name in names)
-    other = nn.Sequential(LadderSideNetwork(model[0].base, D, reduction=4))
+    other = nn.Sequential(LadderSideNetwork(model[0].base, D, reduction=4, device=DEVICE))
     load_adapters(other, tmp_path / "a")
     assert torch.equal(other(x := ids()), model(x))
     with pytest.raises(ValueError, match="0 has residual=True in the file, residual=False in the model"):
@@ -341,7 +341,7 @@ NESTED = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, D, batch_first=T
             r"side must put out \(2, 32\) like base, got \(2, 3\)",
         ),
         (
-            lambda: SideNetwork(Trunk(wrap=lambda y: "y"), LINEAR)(ids()), TypeError,
+            lambda: SideNetwork(Trunk(wrap=lambda y: "y"), LINEAR)(ids().cpu()), TypeError,
             "base must return a tensor, or a tuple or a mapping that starts with one, got str",
         ),
         (lambda: LadderSideNetwork(Trunk(), D, reduction=5), ValueError, "reduction must divide d = 32, got 5"),
@@ -354,16 +354,16 @@ NESTED = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, D, batch_first=T
             r"layers must name submodules of base, such as \['words', .*, got 'layer.0'",
         ),
         (
-            lambda: LadderSideNetwork(Trunk(), D, layers=["layers.1", "layers.0"])(ids()), RuntimeError,
+            lambda: LadderSideNetwork(Trunk(), D, layers=["layers.1", "layers.0"])(ids().cpu()), RuntimeError,
             r"layers must each run once, in the order \['layers.1', 'layers.0'\], got \['layers.0', 'layers.1'\]",
         ),
-        (lambda: LadderSideNetwork(Twice(), D)(ids()), RuntimeError, "layers must each run once, .*, got .*0'.*1'.*0'"),
+        (lambda: LadderSideNetwork(Twice(), D)(ids().cpu()), RuntimeError, "layers must each run once, .*, got .*0'.*1'.*0'"),
         (
-            lambda: LadderSideNetwork(Trunk(), 2 * D)(ids()), ValueError,
+            lambda: LadderSideNetwork(Trunk(), 2 * D)(ids().cpu()), ValueError,
             r"layers must put out \(\.\.\., 64\), got \(3, 7, 32\) from the first layer's input",
         ),
         (
-            lambda: LadderSideNetwork(Logits(), D)(ids()), ValueError,
+            lambda: LadderSideNetwork(Logits(), D)(ids().cpu()), ValueError,
             r"base must put out hidden states \(3, 7, 32\), got \(3, 7, 5\)",
         ),
         (
