@@ -53,7 +53,7 @@ const char* prefix_attention_backward(const PrefixArguments& arguments, const Ar
     const PrefixGradients& o, const Device& device) {
   AttentionBackward p{describe<T>(arguments), as_heads<T>(y), as_heads<T>(grad_y), lse, nullptr, 0};
   const PrefixAttention& a = p.a;
-  p.inverse = 65536 / a.group + 1;
+  p.inverse = 65536 / (a.group > 0 ? a.group : 1) + 1;  // queries may have no heads
   const int64_t row_blocks = a.b * a.h_kv * divide_up(int64_t{a.group} * a.t, kSide);
   const bool gated = a.gate.data;
   if (o.q.data || o.k.data || o.prefix_k.data || o.gate.data) {  // those of values need none

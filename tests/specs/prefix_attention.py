@@ -113,6 +113,7 @@ CASES = (
     case("bank-with-everything", b=3, t=3, t_k=9, e=24, p=12, g=2, ids=[1, -1, 1], **MASKED, **EVERYTHING),
     case("bank-with-gate", b=4, h=2, t=6, e=16, p=5, g=3, ids=[2, 0, -1, 2], gate="drawn", parameters=torch.float32),
     case("bank-unused", b=3, h=2, t=5, e=16, p=4, g=2, ids=[-1] * 3),
+    case("no-query-heads", b=2, h=0, h_kv=2, t=5, e=16, p=3),
 )
 
 
