@@ -110,7 +110,7 @@ def _counted(tasks: list, label: str) -> Iterator:
 
 
 def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, checked: bool) -> dict:
-    """Measure one op in one dtype and print its tables; an interrupt keeps what is measured."""
+    """Measure one op in one dtype and print its tables; an interrupt or a kernel that fails keeps what is measured."""
     bench, complete = Bench(op, SPECS[op], dtype, args.device, timer, args.seconds, args.compile), True
     directions = [args.direction] if args.direction else list(DIRECTIONS)
     if not (cases := select(bench.spec, args)):
@@ -119,8 +119,8 @@ def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, ch
     try:
         for case, direction in progress(tasks, f"{op} {str(dtype)[6:]}"):
             bench.measure(case, direction)
-    except KeyboardInterrupt:
-        print(f"interrupted after {len(bench.rows)} of {len(tasks)} rows", file=sys.stderr)
+    except (KeyboardInterrupt, Exception) as stop:
+        print(f"{op}: {stop!r} after {len(bench.rows)} of {len(tasks)} rows", file=sys.stderr)
         complete = False
     section = bench.section(checked, complete)
     how = timer + ("" if args.device.type == "cuda" else f", {section['threads']} threads")
@@ -137,7 +137,7 @@ def run_op(op: str, dtype: torch.dtype, timer: str, args: argparse.Namespace, ch
 
 
 def measure(args: argparse.Namespace) -> tuple[dict, list[str]]:
-    """The sections of the record by name, and the ops that are refused."""
+    """The sections of the record by name, and the ops that are refused or weren't measured to the end."""
     sections, red = {}, []
     for op in args.ops:
         if args.no_check:
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, list[str]]:
                 section["load_before"] = round(args.load, 2)
                 sections[f"{op} {dtype} {timer}"] = section
             if not section["complete"]:
-                return sections, red
+                return sections, [*red, op]  # a device on which a kernel failed may run no other
     return sections, red
 
 

@@ -48,6 +48,22 @@ def test_the_record_is_complete(tmp_path, capsys):
         assert all(peak >= output for peak in section["rows"][0]["peak_bytes"].values())
 
 
+def test_what_is_measured_survives_a_kernel_that_fails(tmp_path, capsys, monkeypatch):
+    measure = run.Bench.measure
+
+    def fails_in_backward(bench, case, direction):
+        if direction != "forward":
+            raise RuntimeError("an illegal memory access")
+        measure(bench, case, direction)
+
+    monkeypatch.setattr(run.Bench, "measure", fails_in_backward)
+    out = tmp_path / "out.json"
+    assert run.main([*TINY, "--no-check", "--out", str(out), "--dtype", "float32", "bfloat16"]) == 1
+    assert "bottleneck: RuntimeError('an illegal memory access') after 1 of 2 rows" in capsys.readouterr().err
+    (section,) = json.loads(out.read_text()).values()
+    assert not section["complete"] and [row["direction"] for row in section["rows"]] == ["forward"]
+
+
 def test_a_random_call_with_frozen_arguments(tmp_path, capsys):
     """The library's layer agrees in expectation, the frozen layer alone is timed, and what autograd saves is counted."""
     pytest.importorskip("peft")
