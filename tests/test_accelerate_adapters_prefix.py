@@ -85,11 +85,12 @@ def test_equals_the_library_in_16_bits(calls, make):
     assert calls
 
 
+@pytest.mark.parametrize("own, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
 @pytest.mark.parametrize("make", [bert, llama], ids=["bert", "llama"])
-def test_a_16_bit_prefix_in_a_float32_model(calls, make):
-    library, fast = pair(make, CASES["mlp"])
+def test_a_prefix_narrower_than_the_model(calls, make, own, dtype):
+    library, fast = pair(make, CASES["mlp"], dtype=dtype)
     for model in (library, fast):
-        model.adapter_to("prefix0", dtype=torch.bfloat16)
+        model.adapter_to("prefix0", dtype=own)
     assert_equal_outcomes(fast, library, lambda: batches(library, 2))
     assert calls
 

@@ -84,10 +84,8 @@ def attention(
     if prefix is None or getattr(module, "fastadapt_dropped", False):
         none = key.new_empty(key.shape[1], 0, key.shape[3])
         prefix = Prefix(none, none)
-    # What has neither the dtype of the call nor float32, which serves 16 bits, joins float32 as in a concatenation.
-    prefix_k, prefix_v, gate = (
-        t if t is None or t.dtype is query.dtype else t.to(torch.promote_types(t.dtype, torch.float32)) for t in prefix[:3]
-    )
+    # What is narrower joins the dtype of the call, as in a concatenation; float32 serves 16 bits as it is.
+    prefix_k, prefix_v, gate = (t if t is None else t.to(torch.promote_types(t.dtype, query.dtype)) for t in prefix[:3])
     y = prefix_attention(
         query, key, value, prefix_k, prefix_v, is_causal=bool(is_causal), attn_mask=attention_mask, scale=scaling,
         gate=gate, dropout_p=dropout, adapter_ids=prefix.adapter_ids, backend=prefix.backend,
