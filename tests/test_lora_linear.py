@@ -112,6 +112,14 @@ def test_modules_compile_without_graph_break(backend):
         assert torch.equal(traced, eager)
 
 
+def test_forward_mode_leaves_out_the_norm_of_dora_too():
+    """It is a constant to the backward pass."""
+    module, x = layer(None, r=2, dora=True).double(), torch.randn(2, K, device=DEVICE, dtype=torch.float64)
+    y = lambda b: torch.func.functional_call(module, {"lora_B.weight": b}, x)  # noqa: E731
+    forward, backward = (of(y)(module.lora_B.weight.detach()) for of in (torch.func.jacfwd, torch.func.jacrev))
+    torch.testing.assert_close(forward, backward)
+
+
 @backends
 def test_autocast_casts_as_a_linear_layer(backend):
     """The frozen layer's operands; the adapter stays float32, and so do the gradients and the norm of DoRA."""

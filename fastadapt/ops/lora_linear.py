@@ -63,7 +63,7 @@ def row_norms(
         # 4 MiB of float32 on a CPU, as much as its second-level caches hold; on a GPU 16 MiB: each block is a few launches.
         rows = max(1, (2**20 if weight.is_cpu else 2**22) // max(1, weight.shape[1]))
         sums = (torch.addmm(block.to(wide), update, a) for block, update in zip(weight.split(rows), b.split(rows)))
-        return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in sums])
+        return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in sums]).detach()  # no_grad lets tangents pass
 
 
 def lora_linear_reference(
