@@ -194,6 +194,28 @@ def test_learns_in_its_slots_alone():
         assert (bank.lora_A[slot, :r] != before.lora_A[slot, :r]).any(1).all()
 
 
+def test_a_smaller_rank_after_a_larger_one_in_training():
+    """The moments of the optimizer would move the ranks that are filled up."""
+    bank, singles = bank_of(nn.Linear(K, N).to(DEVICE))
+    small, _, large = sorted(singles.values(), key=lambda single: single.r)
+    optimizer = torch.optim.AdamW([bank.lora_A, bank.lora_B], 0.1)
+    x, ids = torch.randn(6, K, device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+
+    def step(single):
+        bank.replace(0, single)
+        optimizer.zero_grad()
+        bank(x, ids).square().sum().backward()
+        optimizer.step()
+        return bank.lora_A[0, single.r :].any() or bank.lora_B[0, :, single.r :].any()
+
+    assert not step(large) and step(small)
+    step(large)
+    for state in optimizer.state.values():
+        state["exp_avg"][0], state["exp_avg_sq"][0] = 0, 0
+    assert not step(small)
+    torch.testing.assert_close(bank.adapter(0)(x), bank(x, ids))
+
+
 def test_dropout_is_for_training():
     bank, _ = bank_of(nn.Linear(K, N).to(DEVICE), dropout=0.5)
     x, ids = torch.randn(6, K, device=DEVICE), torch.tensor([0, 1, 2, 3, -1, 1], device=DEVICE)

@@ -155,7 +155,8 @@ class AdapterBank(Routed):
         """Copy the parameters of ``adapter`` into place ``i``.
 
         The options must be those of the bank. A smaller rank is filled up with zeros, which is exact and stays so in
-        training: those rows and columns get no gradient.
+        training: those rows and columns get no gradient. What an optimizer keeps of the place, such as Adam's moments, is to
+        be zeroed there, or it moves the new adapter as the one before, and those rows and columns with it.
         """
         self._index(i)
         if not isinstance(adapter, BottleneckAdapter):

@@ -16,7 +16,9 @@ class LoRABank(Beside, Routed):
     -1, or of a slot that is free, gets what ``base`` computes. All rows run in one call of :func:`fastadapt.lora_linear`,
     whatever the mixture. Ranks and alphas may differ: a smaller rank is filled up with zeros, which is exact and stays so in
     training. A new bank is empty; :meth:`add`, :meth:`remove` and :meth:`replace` change the parameters in place, so that
-    nothing is compiled anew. DoRA has no banks.
+    nothing is compiled anew. An optimizer doesn't see that: what it keeps of a slot, such as Adam's moments, is to be zeroed
+    there, or it moves the new adapter as the one before, what was filled up too, which :meth:`adapter` cuts off. DoRA has no
+    banks.
 
     Parameters: ``lora_A`` ``(g, r, k)``, ``lora_B`` ``(g, n, r)`` and, by option, ``lora_bias`` ``(g, n)``. ``state_dict`` also
     holds ``scale`` ``(g,)``, float32 whatever the module is cast to, and ``ranks`` ``(g,)``, which is 0 for a free slot.
