@@ -63,7 +63,8 @@ def route(model: nn.Module, ids: Tensor | None) -> Iterator[None]:
     Args:
         model: a model that contains such modules.
         ids: as ``adapter_ids`` of the modules: integers, -1 for no adapter, one for each sequence or, where the modules take
-            that, for each token. None: none are set.
+            that, for each token. None: none are set. A sequence is an entry of the leading dim of what a module reads: where
+            tokens come first (``batch_first=False``), or all in one dim (OPT in feed-forward blocks), ids are those of tokens.
 
     Raises:
         ValueError: no module of ``model`` takes ids.
