@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -79,7 +80,8 @@ def place(path: str, names: set[str]) -> str:
 
 
 def merge(checkpoint: Path, adapter: Path, out: Path) -> int:
-    """Write the merged checkpoint to the folder ``out`` and return the number of layers that the adapter changed."""
+    """Write the merged checkpoint to the folder ``out``, which appears only when it is complete, and return the number of layers
+    that the adapter changed."""
     config, layers, whole = read_adapter(adapter)
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
@@ -92,23 +94,29 @@ def merge(checkpoint: Path, adapter: Path, out: Path) -> int:
     for name in list(whole):
         path, _, last = name.rpartition(".")
         whole[f"{place(path, names)}.{last}"] = whole.pop(name)
-    out.mkdir(parents=True, exist_ok=False)
-    for file in checkpoint.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
-            shutil.copy(file, out)
+    if out.exists():
+        raise FileExistsError(f"{out} must be a folder to be made, but exists")
+    out.parent.mkdir(parents=True, exist_ok=True)
     transposed = bool(config.get("fan_in_fan_out"))
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            kept = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            kept.update({name: tensor.to(kept[name].dtype) for name, tensor in whole.items() if name in kept})
-            for name, (path, parts) in layers.items():
-                if f"{name}.weight" not in kept:
-                    continue
-                bias = kept.get(f"{name}.bias")
-                r = len(parts.get("lora_A.weight", parts.get("lora_embedding_A")))
-                weight, bias = merged(kept[f"{name}.weight"], bias, parts, scale_of(config, path, r), transposed)
-                kept.update({f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias}))
-            save_file(kept, out / file.name, tensors.metadata() or {"format": "pt"})
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        complete = Path(folder) / out.name
+        complete.mkdir()
+        for file in checkpoint.iterdir():
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copy(file, complete)
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                kept = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                kept.update({name: tensor.to(kept[name].dtype) for name, tensor in whole.items() if name in kept})
+                for name, (path, parts) in layers.items():
+                    if f"{name}.weight" not in kept:
+                        continue
+                    bias = kept.get(f"{name}.bias")
+                    r = len(parts.get("lora_A.weight", parts.get("lora_embedding_A")))
+                    weight, bias = merged(kept[f"{name}.weight"], bias, parts, scale_of(config, path, r), transposed)
+                    kept.update({f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias}))
+                save_file(kept, complete / file.name, tensors.metadata() or {"format": "pt"})
+        complete.rename(out)
     return len(layers)
 
 

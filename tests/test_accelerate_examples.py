@@ -57,8 +57,8 @@ def test_many_adapters_in_one_batch():
     assert not torch.allclose(serve_many.timed(fast, batch, names[::-1])[1], outputs[1])
 
 
-def llama():
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+def llama(d=32):
+    sizes = {"vocab_size": 61, "hidden_size": d, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=False))
 
 
@@ -113,6 +113,7 @@ def test_merging_refuses_what_it_does_not_know(tmp_path, capsys):
     base.save_pretrained(tmp_path / "base")
     configs = {
         "must have one layer transformer.h.0.attn.c_attn, got none": (gpt2(), peft.LoraConfig(target_modules=["c_attn"])),
+        "lora_a must be (r, k) = (8, 32), got (8, 16)": (llama(16), peft.LoraConfig(target_modules=["q_proj"])),
         "must hold a LoRA adapter, got IA3": (base, peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
     }
     for message, (model, config) in configs.items():
