@@ -61,6 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.methods = args.methods or usual
     if other := set(args.methods) - set(possible):
         parser.error(f"--peft has the methods {', '.join(possible)}, got {', '.join(sorted(other))}")
+    if args.several and args.batch_size < len(fetch.DOMAINS):
+        parser.error(f"--batch-size must be at least {len(fetch.DOMAINS)}, one of each domain, or --methods be given")
     if args.rank % adapt.TERMS and set(args.methods) & set(adapt.OF_KRONECKER_PRODUCTS):
         methods = " and ".join(adapt.OF_KRONECKER_PRODUCTS)
         parser.error(f"--rank must be a multiple of {adapt.TERMS} for {methods}, got {args.rank}")
@@ -151,9 +153,12 @@ def main(argv: list[str] | None = None) -> int:
         sentences = {name: data.read(fetch.sentences() / f"{name}.tsv") for name in wanted_domains(args)}
         encoder.to(args.device)
         train, test = ({n: data.Tokens(s[i], tokenizer, args.device) for n, s in sentences.items()} for i in range(2))
-        batches = train[args.domain].training(args.batch_size, args.steps, args.seed)
+        batches = {name: t.training(args.batch_size, args.steps, args.seed) for name, t in train.items()}[args.domain]
         print(kernels(encoder, args))
-    except (AssertionError, RuntimeError, ValueError) as error:  # missing files, an absent device or backend, too large a batch
+        for file in filter(None, (args.json, args.plot)):  # which are written at the end, when it is too late to choose others
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("ab").close()
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:  # missing files, an absent device, a large batch
         print(error, file=sys.stderr)
         return 1
     sizes = f"rank {args.rank}, {args.lora_rank} for LoRA, prefixes of {args.prefix_length}"

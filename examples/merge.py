@@ -80,8 +80,10 @@ def place(path: str, names: set[str]) -> str:
 
 
 def merge(checkpoint: Path, adapter: Path, out: Path) -> int:
-    """Write the merged checkpoint to the folder ``out``, which appears only when it is complete, and return the number of layers
-    that the adapter changed."""
+    """Write the merged checkpoint to the folder ``out`` and return the number of layers that the adapter changed.
+
+    The folder appears only when it is complete.
+    """
     config, layers, whole = read_adapter(adapter)
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
