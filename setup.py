@@ -19,6 +19,8 @@ optimized = ["-O2", "-fpeel-loops", "-funswitch-loops"]
 args = {"cxx": [*optimized, "-g0", "-std=c++17", "-fvisibility=hidden", *quiet, *stable]}
 extension = CppExtension
 if build == "cuda":
+    if not torch.cuda.is_available():  # torch compiles for the GPUs that it sees, and fails without one
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     args["nvcc"] = ["-O3", "-std=c++17", "-DUSE_CUDA", *stable]
     extension = CUDAExtension

@@ -88,3 +88,18 @@ def test_unknown_build_is_refused(tree):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode != 0 and "FASTADAPT_BUILD must be cpu, cuda or none, got 'rocm'" in done.stderr
+
+
+def test_a_build_for_cuda_needs_no_gpu():
+    """Without a list of its own torch asks the GPUs that it sees, and has an IndexError where there are none."""
+    code = (
+        "import runpy, sys\n"
+        "from torch.utils import cpp_extension\n"
+        "cpp_extension.CUDA_HOME, sys.argv = '/nowhere', ['setup.py', '--version']\n"
+        "runpy.run_path('setup.py')\n"
+        "print(*cpp_extension._get_cuda_arch_flags())"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    done = python(code, cwd=ROOT, env={**kept, "FASTADAPT_BUILD": "cuda", "CUDA_VISIBLE_DEVICES": ""})
+    for code in ("code=sm_80", "code=sm_90", "code=compute_90"):
+        assert code in done.stdout, done.stderr
