@@ -1,6 +1,7 @@
 """AdapterFusion as a module against its formula."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -171,8 +172,22 @@ def test_exports_for_every_batch():
          "adapter must have activation='relu' like the bank, got 'silu'"),
         ((D, AdapterBank(2, D, R)), {"query": "none"}, ValueError, "query must be 'hidden' or 'learned', got 'none'"),
         ((D, AdapterBank(2, D, R)), {"temperature": 0}, ValueError, "temperature must be above 0, got 0"),
+        ((D, AdapterBank(2, D, R)), {"backend": "fast"}, ValueError, "backend must be one of .*, got 'fast'"),
+        ((D, BottleneckAdapter(D, R)), {}, TypeError, "AdapterBank or a sequence of BottleneckAdapters, got BottleneckAdapter"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
         AdapterFusion(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "hidden"])
+@pytest.mark.parametrize("rows", [(), (1,), (2, 3), (1, 2, 3)])
+def test_shapes(name, rows):
+    """Nothing is broadcast, which would hide a mistake; one row needs no leading dimension."""
+    fusion, x = build(), torch.randn(2, 3, D, device=DEVICE)
+    row = torch.randn(D, device=DEVICE)
+    torch.testing.assert_close(fusion(row), fusion(row[None])[0])
+    wrong = torch.randn(*rows, D + 1 if name == "x" or rows == (2, 3) else D, device=DEVICE)
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(str(tuple(wrong.shape)))}"):
+        fusion(**{"x": x, name: wrong})

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._leaf import BACKENDS
 from ..ops.adapter_fusion import adapter_fusion
 from .bank import AdapterBank
 from .bottleneck import BottleneckAdapter, check_size
@@ -45,7 +46,8 @@ def projected(z: Tensor, value: nn.Linear | None, residual: Tensor | None) -> Te
     if residual is None or residual.dtype != z.dtype or torch.is_autocast_enabled(z.device.type):
         z = _linear(z, value.weight)
         return z if residual is None else residual + z
-    return torch.addmm(residual.flatten(0, -2), z.flatten(0, -2), value.weight.T.to(z.dtype)).view(z.shape)
+    rows = (-1, z.shape[-1])
+    return torch.addmm(residual.reshape(rows), z.reshape(rows), value.weight.T.to(z.dtype)).view(z.shape)
 
 
 class AdapterFusion(nn.Module):
@@ -81,6 +83,8 @@ class AdapterFusion(nn.Module):
         check_size("d", d)
         if query not in ("hidden", "learned"):
             raise ValueError(f"query must be 'hidden' or 'learned', got {query!r}")
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"backend must be one of {(None, *BACKENDS)}, got {backend!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature!r}")
         self.adapters = adapters if isinstance(adapters, AdapterBank) else _bank(adapters)
@@ -118,6 +122,11 @@ class AdapterFusion(nn.Module):
             hidden: shape of ``x``; takes its place as what the query is made of.
             return_weights: also return the weights ``(..., g)`` of the adapters, without gradient.
         """
+        if x.shape[-1:] != (self.d,):
+            raise ValueError(f"x must be (..., {self.d}), got {tuple(x.shape)}")
+        for name, value in (("residual", residual), ("hidden", hidden)):
+            if value is not None and tuple(value.shape) != tuple(x.shape):
+                raise ValueError(f"{name} must be {tuple(x.shape)} like x, got {tuple(value.shape)}")
         nothing = None
         if self.adapters.residual:
             residual = x if residual is None else residual
@@ -151,6 +160,8 @@ class AdapterFusion(nn.Module):
 
 def _bank(adapters: Sequence[BottleneckAdapter]) -> AdapterBank:
     """A bank with copies of ``adapters``, as wide as the widest."""
+    if isinstance(adapters, nn.Module) and not isinstance(adapters, nn.ModuleList):
+        raise TypeError(f"adapters must be an AdapterBank or a sequence of BottleneckAdapters, got {type(adapters).__name__}")
     adapters = list(adapters)
     if not adapters:
         raise ValueError("adapters must be an AdapterBank or at least one BottleneckAdapter, got none")
