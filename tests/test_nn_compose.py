@@ -229,6 +229,7 @@ def make(d=D, **options):
         (lambda: Averaged(make(), Stacked(make())), TypeError, "adapters must take a weight, .* got Stacked"),
         (lambda: Averaged(make(), weights=[1, 2]), ValueError, r"weights must be a number for each of 1 .*\(1, 2\)"),
         (lambda: Averaged(make(), weights="softmax"), ValueError, "weights must be numbers, 'learned' or None, got 'softmax'"),
+        (lambda: Switched([make()]), TypeError, "adapters must be modules by their names, got list"),
         (lambda: Switched({"a": make()}, "b"), ValueError, r"name must be one of \['a'\] or None, got 'b'"),
         (lambda: Switched({"a": make(), "b": make(8)}), ValueError, "adapters must have one d, got {'a': 24, 'b': 8}"),
         (lambda: average_adapters([]), ValueError, "adapters must be at least one, got none"),

@@ -273,6 +273,7 @@ class Odd(nn.Linear):
 
 BAD = {
     "base": (lambda: LoRALinear(nn.Conv2d(3, 3, 1)), TypeError, "base must be a torch.nn.Linear or a Conv1D .*got Conv2d"),
+    "name": (lambda: LoRALinear("query"), TypeError, "base must be a module, got str"),
     "own-forward": (lambda: LoRALinear(Odd(3, 3)), TypeError, "base must be linear .*got Odd with a forward of its own"),
     "twice": (lambda: LoRALinear(LoRALinear(nn.Linear(3, 3))), TypeError, "base must be .*got LoRALinear"),
     "r": (lambda: LoRALinear(nn.Linear(3, 3), 0), ValueError, "r must be at least 1, got 0"),

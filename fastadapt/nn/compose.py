@@ -119,6 +119,8 @@ class Switched(nn.Module):
 
     def __init__(self, adapters: Mapping[str, nn.Module], active: str | None = None):
         super().__init__()
+        if not hasattr(adapters, "items"):
+            raise TypeError(f"adapters must be modules by their names, got {type(adapters).__name__}")
         self.residual = _check(adapters)
         self.adapters = nn.ModuleDict(adapters)
         self.active: str | None = None

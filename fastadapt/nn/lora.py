@@ -81,6 +81,8 @@ def leave_fast_path(inside: nn.Module) -> None:
 def check_no_hooks(base: nn.Module) -> None:
     """Refuse a layer with hooks, such as that of an adapter after it, or a ``forward`` of its own, but for the one with which
     the library accelerate moves inputs to its device: what stands in its place doesn't call it."""
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"base must be a module, got {type(base).__name__}")
     own = None if "_hf_hook" in vars(base) else vars(base).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(base).forward:
         raise ValueError(f"base must have the forward of its class, got a {type(base).__name__} with one that would be lost")

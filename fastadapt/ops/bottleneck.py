@@ -178,6 +178,7 @@ def _check(
         raise ValueError(f"down_weight must be a bank (g, r, d) when adapter_ids is given, got {tuple(down_weight.shape)}")
     d, r, g = x.shape[-1], down_weight.shape[-2], "g, " if bank else ""
     check.parameter("down_weight", down_weight, x, (*bank, r, d), f"({g}r, d)")
+    check.tensor("up_weight", up_weight)
     check.parameter("up_weight", up_weight, x, (*bank, d, r), f"({g}d, r)")
     if up_weight.dtype != down_weight.dtype:
         raise TypeError(f"up_weight must be {down_weight.dtype} like down_weight, got {up_weight.dtype}")

@@ -122,6 +122,7 @@ BAD = (
     Bad("up-shape", change(up_weight=lambda a: a["up_weight"].T), ValueError,
         r"up_weight must be \(d, r\) = \(33, 7\), got \(7, 33\)"),
     Bad("down-none", change(down_weight=None), TypeError, "down_weight must be a tensor, got NoneType"),
+    Bad("up-none", change(up_weight=None), TypeError, "up_weight must be a tensor, got NoneType"),
     Bad("down-bias", change(down_bias=cut("down_bias")), ValueError, r"down_bias must be \(r\) = \(7,\), got \(6,\)"),
     Bad("up-bias", change(up_bias=cut("up_bias")), ValueError, r"up_bias must be \(d\) = \(33,\), got \(32,\)"),
     Bad("weight-dtype", change(up_weight=lambda a: a["up_weight"].double()), TypeError,
