@@ -228,7 +228,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--rank", type=positive, default=16, help="of adapters, length of prefixes (default: %(default)s)")
     option("--opening", default="I ", help="what the model continues (default: %(default)r)")
     option("--length", type=positive, default=100, help="how far it does, in bytes (default: %(default)s)")
-    option("--save", type=Path, metavar="FOLDER", help="also write the adapters, one file a method")
+    option("--save", type=Path, metavar="FOLDER", help="also write the adapters, one file a method that has some")
     option("--quick", action="store_true", help="a tiny model and a few steps, to see that all works")
     option("--seed", type=int, default=0, help="default: %(default)s")
     option("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
@@ -249,7 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     try:
         folder = fetch.sentences()
-    except fetch.FetchError as error:
+        if args.save:
+            args.save.mkdir(parents=True, exist_ok=True)
+    except (fetch.FetchError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     (old, old_test), (new, new_test) = read(folder, SOURCES), read(folder, (args.domain,))
@@ -281,7 +283,6 @@ def main(argv: list[str] | None = None) -> int:
             bar.write(row(name, trained, changed, seconds))
             samples[name] = changed.generate(args.opening, args.length, args.seed)
             if args.save and METHODS[name].kinds:
-                args.save.mkdir(parents=True, exist_ok=True)
                 adapters.save_adapters(changed, args.save / f"{name}.safetensors")
     print(f"\nContinuations of {args.opening!r}, before ('none') and after:")
     print("\n".join(f"{name:12}{text}" for name, text in samples.items()))

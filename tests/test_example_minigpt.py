@@ -98,6 +98,8 @@ def test_training_learns_a_text_and_goes_on_with_it():
 def test_the_whole_run(corpus, capsys):
     options = ["--quick", "--rank", "4", "--device", "cpu", "--threads", str(torch.get_num_threads())]
     assert minigpt.main([*options, "--domain", "amazon", "--save", str(corpus / "out")]) == 0
+    file = next((corpus / "out").iterdir())
+    assert minigpt.main([*options, "--save", str(file)]) == 1  # before it learns anything
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
     rows = {line[0]: line for line in lines if len(line) == 6 and line[3] == "%"}
