@@ -46,6 +46,17 @@ def test_what_the_page_names_exists(page):
     assert not (lost := missing(page.read_text())), lost
 
 
+def test_the_readme_runs():
+    """Block by block, as a reader would, but for those in which the model is the reader's own."""
+    pytest.importorskip("transformers")
+    use, *others = re.split("^## ", (ROOT / "README.md").read_text(), flags=re.M)[1:]
+    first, *rest = (re.findall(r"^```python\n(.*?)^```", section, re.M | re.S) for section in (use, *others))
+    names = {}
+    for block in (first[0], *(block for section in rest for block in section)):
+        exec(block, names)
+    assert names["y"].shape == (3, 12, 256) and names["tagged"].shape == (4, 12, 256)
+
+
 def test_planted_names():
     text = "`make nothing`, `tests/no.py`, `tests/spec.py::test_no`, `kernels/<op>.py`, `x.cuh`\n```\npython -m tests.no\n```"
     assert sorted(missing(text)) == ["make nothing", "python -m tests.no", "tests/no.py", "tests/spec.py::test_no", "x.cuh"]
