@@ -369,6 +369,8 @@ def test_bad_arguments(change, error, message):
 def test_bad_arguments_of_layers():
     with pytest.raises(ValueError, match=r"a_shape\[1\] must divide 36, got 5"):
         KronLinear(K, N, a_shape=(2, 5))
+    with pytest.raises(ValueError, match=r"a_shape must be \(a_in, a_out\) or None, got 2"):
+        KronALinear(nn.Linear(K, N), a_shape=2)
     with pytest.raises(TypeError, match="bias must be True or False, got NoneType"):
         PHMLinear(K, N, bias=None)
     with pytest.raises(ValueError, match="backend must be one of .*got 'abacus'"):

@@ -211,6 +211,8 @@ class KronLinear(_Kronecker):
         for name, value in (("in_features", in_features), ("out_features", out_features), ("terms", terms)):
             check_size(name, value)
         check_kron_options(rank, bias, backend)
+        if a_shape is not None and (not isinstance(a_shape, (tuple, list)) or len(a_shape) != 2):
+            raise ValueError(f"a_shape must be (a_in, a_out) or None, got {a_shape!r}")
         a_in, a_out = (_nearest_root(in_features), _nearest_root(out_features)) if a_shape is None else a_shape
         for name, value, width in (("a_shape[0]", a_in, in_features), ("a_shape[1]", a_out, out_features)):
             check_size(name, value)
