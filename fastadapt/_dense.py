@@ -12,10 +12,18 @@ def is_packed(weight) -> bool:
     return own or getattr(weight, "quant_state", None) is not None
 
 
+def reads_other_inputs(weight) -> bool:
+    """Whether a layer of torchao with this packed weight scales or quantises its input before the product."""
+    names = ("act_pre_scale", "act_quant_kwargs", "activation_quantization")
+    return is_packed(weight) and any(getattr(weight, name, None) is not None for name in names)
+
+
 def dense(weight, dtype: torch.dtype | None = None):
     """The tensor that a packed weight stands for, in ``dtype`` if given; any other weight as it is."""
     if not is_packed(weight):
         return weight
+    if reads_other_inputs(weight):
+        raise ValueError(f"weight must leave the input as it is, got a {type(weight).__name__} that scales or quantises it")
     with torch.no_grad():
         if getattr(weight, "quant_state", None) is not None:
             from bitsandbytes.functional import dequantize_4bit

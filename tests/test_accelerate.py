@@ -309,3 +309,40 @@ def test_quantised_bases(calls, make, kind, options):
             expected = target(library)(x[0])
             torch.testing.assert_close(target(fast.eval())(x[0, :1]), expected[:1], rtol=0.02, atol=0.02)
             torch.testing.assert_close(target(fast)(x[0]), expected, rtol=0.02, atol=0.02)
+
+
+def with_quantised_inputs(config):
+    torchao = pytest.importorskip("torchao.quantization", reason="the library torchao is not installed")
+    base = nn.Sequential(nn.Linear(64, 32, device=DEVICE))
+    torchao.quantize_(base, getattr(torchao, config)())
+    return base[0]
+
+
+def with_scaled_inputs():
+    base, _ = int8_base()
+    base.weight.act_pre_scale = torch.rand(64, device=DEVICE) + 1
+    return base
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_scaled_inputs,
+        partial(with_quantised_inputs, "Int8DynamicActivationInt8WeightConfig"),
+        partial(with_quantised_inputs, "Int8DynamicActivationIntxWeightConfig"),
+    ],
+    ids=["scaled", "int8", "intx"],
+)
+def test_bases_that_read_other_inputs_are_the_library_s(calls, make):
+    """The weight of such a layer alone doesn't say what it computes."""
+    model = nn.Sequential()
+    model.target, model.other = make(), nn.Linear(64, 32, device=DEVICE)
+    library = randomised(peft.get_peft_model(model, config(target_modules=["target", "other"])))
+    fast = copy.deepcopy(library)
+    first, _ = fastadapt.accelerate(fast).rows
+    assert first[1:] == ("left", "its base layer scales or quantises its input")
+    x = torch.randn(3, 64, device=DEVICE)
+    assert torch.equal(target(fast)(x), target(library)(x)) and not calls
+    a, b = torch.ones(2, 64, device=DEVICE), torch.ones(32, 2, device=DEVICE)
+    with pytest.raises(ValueError, match="weight must leave the input as it is, got a Int.*Tensor that scales or quantises it"):
+        fastadapt.lora_linear(x, target(fast).base_layer.weight, None, a, b)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .._dense import is_packed
+from .._dense import is_packed, reads_other_inputs
 from ..nn.lora import is_falcons
 from ..ops.dropout import LARGEST
 from ..ops.lora_linear import lora_linear, row_norms, without_autocast
@@ -44,6 +44,8 @@ def frozen_layer(layer) -> tuple[Tensor, Tensor | None] | str:
     weight = base._parameters.get("weight")
     if weight is None or _hooked(base):
         return "its base layer has hooks, or its weight elsewhere"
+    if reads_other_inputs(weight):
+        return "its base layer scales or quantises its input"
     return weight.T if transposed else weight, base._parameters.get("bias")
 
 

@@ -285,8 +285,9 @@ def lora_linear(
     Args:
         x: ``(..., k)``, any strides; float16, bfloat16, float32, or float64 on the CPU.
         weight: ``(n, k)``, dtype of ``x``; a transposed view serves a layer that keeps ``(k, n)``. Or a frozen, quantised
-            weight: an object with a ``dequantize()`` of its own, as torchao's, or a 4-bit one of bitsandbytes. It is made
-            dense for this call and once more in backward, so that nothing dense is kept between them.
+            weight: an object with a ``dequantize()`` of its own, as torchao's where they leave the input as it is, or a 4-bit
+            one of bitsandbytes. It is made dense for this call and once more in backward, so that nothing dense is kept
+            between them.
         bias: ``(n,)`` or None. Like every parameter below: dtype of ``x``, or float32 under a 16-bit ``x``.
         lora_a, lora_b: ``(r, k)`` and ``(n, r)``, or banks ``(g, r, k)`` and ``(g, n, r)`` with ``adapter_ids``. Adapters of
             lower rank are filled up with zeros, which is exact and stays so in training.
