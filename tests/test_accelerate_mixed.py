@@ -187,6 +187,31 @@ def test_compilation():
     torch.testing.assert_close(compiled(x, adapter_names=NAMES), target(library)(x, adapter_names=NAMES))
 
 
+class Around(nn.Module):
+    """Unlike nn.Sequential what Dynamo makes a graph of, with the layer in it."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+
+    def forward(self, x):
+        return 2 * self.target(x)
+
+
+def test_compilation_of_a_model():
+    """Names come by hooks, which a graph heeds only where Dynamo guards them: README says how, for another list."""
+    library = peft.get_peft_model(Around(nn.Linear(K, N)), config(), adapter_name="adapter0")
+    for name in ("adapter1", "adapter2"):
+        library.add_adapter(name, config())
+    library = single.randomised(library).eval()
+    fast, x = copy.deepcopy(library), torch.randn(5, 7, K, device=DEVICE)
+    fastadapt.accelerate(fast)
+    compiled = torch.compile(fast, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        for names in (NAMES, NAMES[::-1], None, NAMES):
+            torch.testing.assert_close(compiled(x, adapter_names=names), library(x, adapter_names=names))
+
+
 def test_embeddings_take_the_library_s_way():
     library = build("embedding", {}, {"r": 3}).eval()
     fast = copy.deepcopy(library)
