@@ -222,6 +222,21 @@ def test_hooks_that_come_later_are_respected(calls):
     assert torch.equal(fast(**drawn).logits, before)
 
 
+def test_a_base_that_quantises_its_input_is_left(calls):
+    """Before or after acceleration: what its weight alone gives isn't what it computes."""
+    torchao = pytest.importorskip("torchao.quantization", reason="the library torchao is not installed")
+    library = moved(build(CONFIGS["attention"]))
+    fast, _ = accelerated(library)
+    for model in (library, fast):
+        only = lambda module, name: isinstance(module, lora.LoRALinearTorch) and module.loras  # noqa: E731
+        torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(), filter_fn=only)
+    with torch.no_grad():
+        assert_same_logits(fast, library)
+    assert not calls
+    with pytest.raises(ValueError, match="(?s)got only\n.*left +it scales or quantises its input"):
+        fastadapt.accelerate(library)
+
+
 def hooked():
     model = build(CONFIGS["attention"])
     for layer in layers(model).values():

@@ -5,6 +5,7 @@ from adapters import Stack
 from adapters.methods import lora
 from torch import Tensor, nn
 
+from .._dense import reads_other_inputs
 from ..ops.dropout import LARGEST
 from ..ops.lora_linear import lora_linear
 from . import Row, hooked
@@ -88,6 +89,8 @@ def _examined(layer: nn.Module, part: nn.Module) -> tuple[str, str]:
         return "left", f"no kernel for {type(layer).__name__}"
     if "forward" in vars(layer):
         return "left", "its forward has been replaced"
+    if reads_other_inputs(layer.weight):
+        return "left", "it scales or quantises its input"
     reason = _refused(part)
     return ("left", reason) if reason else ("accelerated", "")
 

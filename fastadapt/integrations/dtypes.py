@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._dense import is_packed
+from .._dense import is_packed, reads_other_inputs
 from ..ops.lora_linear import autocasts
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -16,6 +16,8 @@ def served(dtype: torch.dtype, own: torch.dtype) -> bool:
 
 def match(x: Tensor, weight: Tensor, own: torch.dtype) -> bool:
     """Whether ``x`` can go through a linear layer of ``weight`` with an adapter of the dtype ``own``."""
+    if reads_other_inputs(weight):
+        return False
     if autocasts(x):
         known = torch.float32, torch.get_autocast_dtype(x.device.type)
         return x.dtype in known and own in known and (weight.dtype in known or is_packed(weight))
