@@ -8,11 +8,12 @@ INSTALL := python -m pip install --quiet --no-compile
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 # The tests run in four processes, two at a time, each on one core: what compiles or simulates Triton's kernels and nvcc's; what
-# emulates those in C++; in the strict interpreter the battery, the tests of each op and those of the interpreter; and all other
-# tests. The longest begin first.
+# emulates those in C++, and other programs in C++; in the strict interpreter the battery, the tests of each op and those of the
+# interpreter; and all other tests. The longest begin first.
 OPS := $(basename $(notdir $(wildcard tests/specs/[!_]*.py)))
 COMPILED := $(wildcard tests/test_triton*.py tests/test_cuda_compile.py tests/test_ptx.py)
-EMULATED := $(filter-out $(COMPILED),$(wildcard tests/test_cuda*.py tests/test_far_rows.py tests/test_cpu*.py tests/test_mutants.py))
+PROGRAMS := $(wildcard tests/test_cuda*.py tests/test_far_rows.py tests/test_cpu*.py tests/test_gemm.py tests/test_mutants.py)
+EMULATED := $(filter-out $(COMPILED),$(PROGRAMS))
 INTERPRETED := $(wildcard tests/test_ops*.py $(OPS:%=tests/test_%*.py) tests/test_strict_interpreter*.py)
 PROCESSES := test-compiled test-emulated test-others test-interpreted
 MARKS := not slow

@@ -127,6 +127,7 @@ def test_red_tests_are_not_reported(tmp_path, monkeypatch, capsys):
     assert "red" in captured.err and "floor" not in captured.out and not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.slow
 def test_an_op_without_tests_is_red():
     assert not run.battery("no-such-op")
 

@@ -88,7 +88,9 @@ def test_every_instruction_set(target, name, dtype):
 
 
 @on_cpu
-@pytest.mark.parametrize("shape", ["(2048, 4096), 64", "(2048, 768), 64", "(512, 1024), 8"])
+@pytest.mark.parametrize(
+    "shape", ["(2048, 4096), 64", *(pytest.param(s, marks=pytest.mark.slow) for s in ("(2048, 768), 64", "(512, 1024), 8"))]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_of_forward_is_the_output(shape, dtype):
     setup = f"""

@@ -139,7 +139,7 @@ def test_factors_in_another_form(down, error, message):
 
 
 @on_cpu
-@pytest.mark.parametrize("shape", ["(16384, 768), 24", "(2048, 4096), 128"])
+@pytest.mark.parametrize("shape", ["(16384, 768), 24", pytest.param("(2048, 4096), 128", marks=pytest.mark.slow)])
 def test_peak_memory_of_forward_is_the_output(shape):
     setup = """
 def prepare(shape, r, n=4):
