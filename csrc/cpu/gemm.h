@@ -8,10 +8,11 @@
 
 namespace fastadapt::FA_TARGET {
 
-// 32 vector registers hold 24 accumulators, 16 (or 32 of half the width) hold 12.
+// 32 vector registers hold 24 accumulators, 16 (or 32 of half the width) hold 12. Of one vector no more than 8 rows: where rows
+// lie a whole number of pages apart, as with 1024 floats, the first-level cache has 8 places for what is in one column.
 constexpr int max_vectors = FA_LANES == 16 ? 4 : 2;
 template <int NV>
-constexpr int tile_rows = FA_LANES == 16 ? (NV == 1 ? 12 : 24 / NV) : (NV == 1 ? 8 : 6);
+constexpr int tile_rows = NV == 1 ? 8 : FA_LANES == 16 ? 24 / NV : 6;
 
 // Inner indices per pass over the rows: the panel's part stays in the first-level cache.
 constexpr int64_t inner_block = 128;
