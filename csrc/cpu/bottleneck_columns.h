@@ -75,7 +75,7 @@ struct Columns : Reduce<T, W> {
   static FA_INLINE Local local(const Problem& p, Arena& arena) {
     const int64_t rows = least(p.m, row_block) * strip_width;
     Local l = {};
-    l.packed = arena.take<C>(most(packed_size<C>(strip_width, p.r), packed_size<C>(p.r, strip_width)));
+    l.packed = arena.take<C>(most(projection_size<C>(strip_width, p.r), packed_size<C>(p.r, strip_width)));
     l.x = arena.take<C>(rows);
     l.grad_y = arena.take<C>(p.backward ? rows : 0);
     if (p.backward && needs_up_product(p)) l.up = arena.take<C>(p.r * strip_width);
@@ -106,18 +106,18 @@ struct Columns : Reduce<T, W> {
                             bool fresh, C* z, C* grad_a) {
     const int64_t ldz = padded<C>(p.r);
     const Source<C, W> down = {Base::element(p.down, 0, 0, c), p.down.stride_1, p.down.stride_0, n, p.r, nullptr, nullptr};
-    pack_part(down, l.packed, 0, 1);
+    pack_projection(down, l.packed, 0, 1);
     for_row_blocks(p, begin, end, [&](const Block<T>& b, int64_t row) FA_FORCED {
       const Operand<C> x = columns(b.x, b.n, c, n, p.x.step, l.x);
-      gemm(b.n, n, p.r, x.data, x.ld, l.packed, static_cast<const C*>(nullptr), !fresh, z + row * ldz, ldz);
+      project_rows(b.n, n, p.r, x.data, x.ld, l.packed, static_cast<const C*>(nullptr), z + row * ldz, !fresh);
     });
     if (!grad_a) return;
     const Source<C, W> up = {Base::element(p.up, 0, c, 0), p.up.stride_0, p.up.stride_1, n, p.r,
                              s.common.scale ? s.common.scale + c : nullptr, nullptr};
-    pack_part(up, l.packed, 0, 1);
+    pack_projection(up, l.packed, 0, 1);
     for_row_blocks(p, begin, end, [&](const Block<T>& b, int64_t row) FA_FORCED {
       const Operand<C> g = columns(b.grad_y, b.n, c, n, p.grad_y.step, l.grad_y);
-      gemm(b.n, n, p.r, g.data, g.ld, l.packed, static_cast<const C*>(nullptr), !fresh, grad_a + row * ldz, ldz);
+      project_rows(b.n, n, p.r, g.data, g.ld, l.packed, static_cast<const C*>(nullptr), grad_a + row * ldz, !fresh);
     });
   }
 
