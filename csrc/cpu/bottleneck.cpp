@@ -103,7 +103,7 @@ bool few_rows(const Problem& p, const Kernel& k) {
   if (!k.project || p.bank || p.norm_weight.data || p.m < 1) return false;
   const int64_t weight_bytes = p.d * p.r * 4, hidden_bytes = p.m * round_up(p.r, 16) * 4;
   const bool small = !p.backward && !k.most_column_rows && weight_bytes <= (128 << 10);
-  if (p.m <= (small ? 32 : 128)) return true;
+  if (p.m <= (small ? 48 : 128)) return true;
   if (k.most_column_rows && p.m > k.most_column_rows) return false;
   return weight_bytes >= (p.backward ? 512 << 10 : 768 << 10) && hidden_bytes <= (p.backward ? 4 << 20 : 1 << 20);
 }

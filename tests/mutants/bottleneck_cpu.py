@@ -175,7 +175,7 @@ MUTANTS = (
         [(
             BY_ROWS,
             "        if (added) y += load_at<C>(added[i + t], c, count, step);\n",
-            "        if (added) {\n          T rounded[L];\n          store(rounded, y);\n          y = "
+            "        if (added) {\n          T rounded[lanes<C>];\n          store(rounded, y);\n          y = "
             "load<C>(rounded) + load_at<C>(added[i + t], c, count, step);\n        }\n",
         )],
     ),
@@ -204,6 +204,6 @@ MUTANTS = (
     ),
     Mutant(
         "one row by another way", "row depends on its neighbours", {ALONE: "alone has other bits"},
-        [(CALL, "  if (p.m <= 128) return true;\n", "  if (p.m <= 128) return p.m > 1;\n")],
+        [(CALL, "(small ? 48 : 128)) return true;\n", "(small ? 48 : 128)) return p.m > 1;\n")],
     ),
 )

@@ -271,7 +271,7 @@ NUMERICS = Numerics(
         case("integers-in-a-bank", shape=(2, 6, 40), r=8, g=4, ids=[TOKENS[:6], TOKENS[6:]], scale="channel", residual="other"),
     ),
     rows=("adapter_ids",),
-    alone={"native": 128},
+    alone={"native": 48},
     paths=(
         case("rows", shape=(130, 70), r=20, **EVERYTHING),
         case("columns-of-few-rows", shape=(40, 300), r=17, scale="channel", skip=True, activation="gelu"),
